@@ -1,0 +1,89 @@
+"""Where a model holds tensors, and how one is exchanged for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that holds one tensor: an initializer, or an attribute of a node.
+
+    Attributes:
+        value: the initializer, or the node's first output.
+        attribute: name of the attribute of `value`'s producer; None for an initializer.
+    """
+
+    value: ir.Value
+    attribute: str | None = None
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        """The tensor held now."""
+        if self.attribute is None:
+            tensor = self.value.const_value
+            assert tensor is not None, "slots are made of values that have a tensor"
+            return tensor
+        return self._node().attributes[self.attribute].as_tensor()
+
+    def put(self, tensor: ir.TensorProtocol) -> None:
+        """Hold `tensor` instead; other models that share the old one are not affected."""
+        if self.attribute is None:
+            self.value.const_value = tensor
+            return
+        node = self._node()
+        old = node.attributes[self.attribute]
+        node.attributes[self.attribute] = ir.AttrTensor(
+            self.attribute, tensor, doc_string=old.doc_string
+        )
+
+    def _node(self) -> ir.Node:
+        node = self.value.producer()
+        assert node is not None, "an attribute belongs to a node"
+        return node
+
+
+def slots(model: ir.Model) -> list[Slot]:
+    """Return all places of a model that hold a tensor: bodies and functions included."""
+    return [
+        *(
+            Slot(value)
+            for graph in model.graphs()
+            for value in graph.initializers.values()
+            if value.const_value is not None
+        ),
+        *(
+            Slot(node.outputs[0], name)
+            for node in all_nodes(model)
+            for name, attribute in node.attributes.items()
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
+        ),
+    ]
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield every node of a model: main graph, bodies and model-local functions."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def stored_slot(value: ir.Value) -> Slot | None:
+    """Return where an initializer or a Constant node's output is stored; None for others."""
+    if value.is_initializer():
+        return Slot(value) if value.const_value is not None else None
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain != "":
+        return None
+    attribute = node.attributes.get("value")
+    return None if attribute is None or attribute.is_ref() else Slot(value, "value")
+
+
+def stored_slots(model: ir.Model) -> dict[str, Slot]:
+    """Return the main graph's stored tensors by the name of their value (`Site.initializer`)."""
+    constants = (node.outputs[0] for node in model.graph if node.op_type == "Constant")
+    values = [*model.graph.initializers.values(), *constants]
+    return {value.name or "": slot for value in values if (slot := stored_slot(value)) is not None}
