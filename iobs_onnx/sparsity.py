@@ -47,14 +47,19 @@ class NM:
         """Return the mask of the `n` largest scores in each group of `m`; ties keep the first.
 
         Args:
-            scores: `(..., in)`, any floating dtype, `in` a multiple of `m`.
+            scores: `(..., in)`, any floating dtype, free of NaN, `in` a multiple of `m`. The
+                mask has the memory layout of the scores.
         """
+        mask = _bool_like(scores)
         groups = scores.unflatten(-1, (-1, self.m))
-        if 2 * self.n == self.m == 4:
-            return _top_two_of_four(groups).flatten(-2)
-        order = groups.argsort(dim=-1, descending=True, stable=True)
-        mask = groups.new_zeros(groups.shape, dtype=_torch_bool())
-        return mask.scatter_(-1, order[..., : self.n], True).flatten(-2)
+        kept = mask.unflatten(-1, (-1, self.m))
+        if self.m > _LARGEST_RANKED_GROUP:
+            order = groups.argsort(dim=-1, descending=True, stable=True)
+            kept.fill_(False).scatter_(-1, order[..., : self.n], True)
+        else:
+            for i, rank in enumerate(_ranks(groups)):
+                kept[..., i] = rank < self.n
+        return mask
 
     def violations(self, matrix: NDArray[np.generic]) -> int:
         """Count the groups of `m` consecutive inputs of `(..., in)` with over `n` non-zeros."""
@@ -90,10 +95,7 @@ class Unstructured:
 
     def project(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the mask of the largest scores of the whole matrix `(out, in)`."""
-        flat = scores.reshape(-1)
-        mask = flat.new_zeros(flat.shape, dtype=_torch_bool())
-        kept = flat.topk(self.keep(flat.numel()), sorted=False).indices
-        return mask.index_fill_(0, kept, True).reshape(scores.shape)
+        return top_mask(scores, self.keep(scores.numel()))
 
     def violations(self, matrix: NDArray[np.generic]) -> int:
         """Count the non-zero weights beyond the number this pattern keeps."""
@@ -120,24 +122,49 @@ def parse_sparsity(text: str | float | Pattern) -> Pattern:
     raise OptionError(f"sparsity {text!r}: expected N:M (2:4), a fraction (0.7) or a percentage")
 
 
-def _top_two_of_four(groups: torch.Tensor) -> torch.Tensor:
-    """Mask of the two largest of each four, by six comparisons: sorting is 20 times slower.
+def top_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Return the mask of the `keep` largest of all scores; ties keep the first.
 
-    An entry is kept when it loses to at most one other; of equals the first wins.
+    The mask has the memory layout of the scores, which must be free of NaN.
     """
-    import torch
+    if keep == 0:
+        return _bool_like(scores).fill_(False)
+    threshold = _kth_largest(scores, keep)
+    mask = scores >= threshold
+    if (excess := int(mask.sum()) - keep) > 0:
+        ties = (scores == threshold).nonzero()[-excess:]
+        mask[tuple(ties.T)] = False
+    return mask
 
-    a, b, c, d = groups.unbind(-1)
-    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
-    keep_a = (ab & (ac | ad)) | (ac & ad)
-    keep_b = (~ab & (bc | bd)) | (bc & bd)
-    keep_c = (~ac & (~bc | cd)) | (~bc & cd)
-    keep_d = (~ad & (~bd | ~cd)) | (~bd & ~cd)
-    return torch.stack((keep_a, keep_b, keep_c, keep_d), dim=-1)
+
+def _kth_largest(scores: torch.Tensor, k: int) -> float:
+    """Selection on the CPU by NumPy, whose vectorised partition is many times faster."""
+    index = scores.numel() - k
+    if scores.device.type == "cpu":
+        flat = np.ravel(scores.detach().numpy(), order="K")
+        return float(np.partition(flat, index)[index])
+    return float(scores.reshape(-1).kthvalue(index + 1).values)
 
 
-def _torch_bool() -> torch.dtype:
+# Ranking by all pairs costs m(m-1)/2 vectorised comparisons, sorting a slow pass: they
+# break even near 16.
+_LARGEST_RANKED_GROUP = 16
+
+
+def _ranks(groups: torch.Tensor) -> list[torch.Tensor]:
+    """Rank of each entry in its group, 0 = largest; of equals the first ranks first."""
+    entries = groups.unbind(-1)
+    ranks = [_bool_like(entry).fill_(False).byte() for entry in entries]
+    for i, left in enumerate(entries):
+        for j in range(i + 1, len(entries)):
+            left_wins = left >= entries[j]
+            ranks[j] += left_wins
+            ranks[i] += ~left_wins
+    return ranks
+
+
+def _bool_like(tensor: torch.Tensor) -> torch.Tensor:
     # torch takes 1.6 s to import; whoever holds a tensor has paid for it already.
     import torch
 
-    return torch.bool
+    return torch.empty_like(tensor, dtype=torch.bool)
