@@ -88,13 +88,17 @@ def check_model(model: ir.Model | str | os.PathLike[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="iobs-onnx-") as folder:
             file = Path(folder, "model.onnx")
             save_model(model, file)
-            check_model(file)
+            _run_checker(file, f"model {model.graph.name!r}")
         return
+    _run_checker(model, f"model {os.fspath(model)}")
+
+
+def _run_checker(file: str | os.PathLike[str], label: str) -> None:
     try:
-        onnx.checker.check_model(os.fspath(model))
+        onnx.checker.check_model(os.fspath(file))
     except onnx.checker.ValidationError as error:
         complaint = str(error).strip().splitlines()[0]
-        raise CheckError(f"{model}: onnx.checker refuses it: {complaint}") from error
+        raise CheckError(f"{label}: onnx.checker refuses it: {complaint}") from error
 
 
 def _count(stored: NDArray[np.generic], site: Site, pattern: Pattern) -> tuple[int, str]:

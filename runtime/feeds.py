@@ -1,0 +1,175 @@
+"""Read feeds from files and from Python, and check each one against the model's inputs.
+
+A feed is a dict, input name -> array. Every function raises DataError with one line that starts
+with a label of the data and names the tensor at fault.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iobs_onnx.errors import DataError, IobsError
+from iobs_onnx.runtime.session import InputSpec
+
+Feed: TypeAlias = dict[str, NDArray[Any]]
+
+_END = object()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Feeds in `.npz` files of their own, loaded and checked one by one."""
+
+    paths: tuple[Path, ...]
+    inputs: tuple[InputSpec, ...]
+
+    def select(self, chosen: Iterable[int]) -> Files:
+        """Return the files at these indices."""
+        return Files(tuple(self.paths[index] for index in chosen), self.inputs)
+
+    def __iter__(self) -> Iterator[Feed]:
+        for path in self.paths:
+            label = f"data {path}"
+            yield check_feed(_load_npz(path, label), self.inputs, label)
+
+
+def read(source: str, inputs: Sequence[InputSpec], label: str) -> object:
+    """Return the arrays of an `.npz`, the Files of a directory, or what `module:callable` returns.
+
+    Pickled arrays are refused: loading them could run code.
+    """
+    path = Path(source)
+    if path.is_dir():
+        paths = tuple(sorted(path.glob("*.npz")))
+        if not paths:
+            raise DataError(f"{label}: the directory holds no .npz file")
+        return Files(paths, tuple(inputs))
+    if path.is_file():
+        return _load_npz(path, label)
+    if re.fullmatch(r"[\w.]+:[\w.]+", source):
+        return _call(source, label)
+    raise DataError(f"{label}: no such file or directory, nor of the form module:callable")
+
+
+def stream(source: object, inputs: Sequence[InputSpec], label: str) -> Iterator[Feed]:
+    """Yield the checked feeds of an iterable or a CalibrationDataReader, front to back."""
+    get_next = getattr(source, "get_next", None)
+    if callable(get_next):
+        end, advance = None, get_next
+    elif isinstance(source, Iterable):
+        iterator = _guarded(lambda: iter(source), label)
+        end, advance = _END, lambda: next(iterator, _END)
+    else:
+        raise DataError(
+            f"{label}: {type(source).__name__} is neither a dict of arrays, an iterable of feeds "
+            "nor a CalibrationDataReader"
+        )
+    return _checked(advance, end, inputs, label)
+
+
+def check_feed(
+    feed: object, inputs: Sequence[InputSpec], label: str, *, rows: bool = False
+) -> Feed:
+    """Return the feed's arrays if they are exactly what the model takes.
+
+    Inputs with a default in the model may be missing. With `rows` the first axis, of samples,
+    may have any length.
+    """
+    if not isinstance(feed, Mapping):
+        raise DataError(f"{label}: expected a dict of arrays, found {type(feed).__name__}")
+    names = [spec.name for spec in inputs]
+    if extra := [name for name in feed if name not in names]:
+        raise DataError(
+            f"{label}: {extra[0]!r} is no input of the model, whose inputs are {', '.join(names)}"
+        )
+    arrays = {}
+    for spec in inputs:
+        if spec.name in feed:
+            where = f"{label}: input {spec.name!r}"
+            arrays[spec.name] = _check_array(feed[spec.name], spec, where, rows)
+        elif not spec.optional:
+            raise DataError(f"{label}: input {spec.name!r} is missing")
+    return arrays
+
+
+def _check_array(value: object, spec: InputSpec, where: str, rows: bool) -> NDArray[Any]:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{where} is not an array: {error}") from error
+    if array.dtype != spec.dtype:
+        raise DataError(
+            f"{where} is {array.dtype}, the model takes {spec.dtype}: "
+            f"convert it with .astype('{spec.dtype}')"
+        )
+    if spec.shape is not None:
+        if array.ndim != len(spec.shape):
+            raise DataError(
+                f"{where} has shape {array.shape}, the model takes {len(spec.shape)} dimensions"
+            )
+        for axis, (found, wanted) in enumerate(zip(array.shape, spec.shape, strict=True)):
+            if wanted is not None and found != wanted and not (rows and axis == 0):
+                raise DataError(
+                    f"{where} has shape {array.shape}, the model takes {wanted} along axis {axis}"
+                )
+    if array.size == 0:
+        raise DataError(f"{where} is empty: shape {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{where} holds NaN or Inf")
+    return array
+
+
+def _load_npz(path: Path, label: str) -> Feed:
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{label}: a lone array; save an .npz with one array for each input")
+        with archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{label}: not a readable .npz of plain arrays: {error}") from error
+
+
+def _call(source: str, label: str) -> object:
+    module_name, _, name = source.partition(":")
+    # A console script does not see modules in the working directory, `python -m` does.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    target = _guarded(lambda: importlib.import_module(module_name), label)
+    for part in name.split("."):
+        if not hasattr(target, part):
+            raise DataError(f"{label}: module {module_name!r} has no {name!r}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise DataError(f"{label}: {name!r} is not callable")
+    return _guarded(target, label)
+
+
+def _checked(
+    advance: Callable[[], Any], end: object, inputs: Sequence[InputSpec], label: str
+) -> Iterator[Feed]:
+    index = 0
+    while (feed := _guarded(advance, label)) is not end:
+        yield check_feed(feed, inputs, f"{label}: feed {index}")
+        index += 1
+
+
+def _guarded(call: Callable[[], Any], label: str) -> Any:
+    """Call code of the user's, which may raise anything; say whose it was."""
+    try:
+        return call()
+    except IobsError:
+        raise
+    except Exception as error:
+        raise DataError(f"{label}: it raised {type(error).__name__}: {error}") from error

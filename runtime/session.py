@@ -1,0 +1,250 @@
+"""Open a model in ONNX Runtime, on the CPU or on CUDA, and describe its inputs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+
+from iobs_onnx.errors import DependencyError, ModelError, OptionError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Model: TypeAlias = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
+
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+# ONNX Runtime multiplies in TF32 on CUDA unless told otherwise: 10 bits of mantissa.
+_CUDA_OPTIONS = {"use_tf32": "0"}
+# Levels of ONNX Runtime's log. Its errors come back as exceptions, so it need not print them.
+_ERROR, _FATAL = 3, 4
+_PROTOBUF_LIMIT = 2**31 - 1
+_NUMPY = {
+    "tensor(bool)": np.bool_,
+    "tensor(int8)": np.int8,
+    "tensor(int16)": np.int16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a feed must hold for one input of a model.
+
+    `shape` has a number for each static dimension and None for the others, or is None where the
+    model does not say the rank. An input that is `optional` has a default in the model.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int | None, ...] | None
+    optional: bool = False
+
+
+def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSession:
+    """Load a model into ONNX Runtime.
+
+    Args:
+        model: a file, or a model in memory. External data is found beside the file; an
+            `onnx_ir.Model` knows its folder, a `ModelProto` means the working directory.
+        provider: `auto` takes CUDA where it works and the CPU elsewhere, and logs which.
+
+    Raises:
+        DependencyError: no onnxruntime is installed, or `cuda` is asked for and cannot be had.
+        ModelError: ONNX Runtime refuses the model.
+        OptionError: an unknown provider.
+    """
+    if provider not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"provider {provider!r}: expected auto, cpu or cuda")
+    runtime = _onnxruntime()
+    available = provider != "cpu" and _CUDA in runtime.get_available_providers()
+    if provider == "cuda" and not available:
+        raise DependencyError(
+            "provider cuda: the installed onnxruntime has no CUDA provider; "
+            "pip uninstall onnxruntime, then pip install 'iobs-onnx[gpu]'"
+        )
+    source, folder = _source(model)
+    if available:
+        session = _try_cuda(runtime, source, folder)
+        if session is not None:
+            return session
+        if provider == "cuda":
+            raise DependencyError(
+                "provider cuda: ONNX Runtime could not load CUDA and cuDNN (its log says which "
+                "library); install them or use --provider cpu"
+            )
+        logger.warning("CUDA could not be loaded: ONNX Runtime runs on the CPU")
+    with _refusals(runtime, f"model {_label(model)}: ONNX Runtime cannot load it"):
+        session = runtime.InferenceSession(
+            source, _options(runtime, folder), providers=[_CPU], enable_fallback=0
+        )
+    logger.info("ONNX Runtime %s on %s", runtime.__version__, session.get_providers())
+    return session
+
+
+def session_info(session: ort.InferenceSession) -> dict[str, object]:
+    """Return the version of ONNX Runtime and the execution providers in use, for a report."""
+    return {"onnxruntime": _onnxruntime().__version__, "providers": session.get_providers()}
+
+
+def on_cuda(session: ort.InferenceSession) -> bool:
+    """Whether the session really runs on CUDA."""
+    return _CUDA in session.get_providers()
+
+
+def input_specs(session: ort.InferenceSession) -> tuple[InputSpec, ...]:
+    """Return what a feed must hold, required inputs first.
+
+    Raises:
+        ModelError: an input is no tensor that NumPy can hold.
+    """
+    required = [_spec(arg, optional=False) for arg in session.get_inputs()]
+    optional = [_spec(arg, optional=True) for arg in session.get_overridable_initializers()]
+    return (*required, *optional)
+
+
+@contextmanager
+def run_errors() -> Iterator[None]:
+    """Turn what ONNX Runtime raises while it runs a model into a one-line ModelError."""
+    with _refusals(_onnxruntime(), "ONNX Runtime cannot run the model on this feed"):
+        yield
+
+
+def _onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime  # noqa: PLC0415  # an extra: the CPU and GPU wheels exclude each other
+    except ImportError as error:
+        raise DependencyError(
+            "onnxruntime is not installed: pip install 'iobs-onnx[cpu]' or 'iobs-onnx[gpu]'"
+        ) from error
+    return onnxruntime
+
+
+def _options(
+    runtime: ModuleType, folder: str | None, *, severity: int = _FATAL
+) -> ort.SessionOptions:
+    options = runtime.SessionOptions()
+    options.log_severity_level = severity
+    # ONNX Runtime's idle threads would keep the cores that the Gram matrices need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", folder
+        )
+    return options
+
+
+def _try_cuda(
+    runtime: ModuleType, source: str | bytes, folder: str | None
+) -> ort.InferenceSession | None:
+    """Return a session on CUDA, or None where the provider does not come up."""
+    try:
+        session = runtime.InferenceSession(
+            source,
+            _options(runtime, folder, severity=_ERROR),  # names the library that is missing
+            providers=[(_CUDA, _CUDA_OPTIONS), _CPU],
+            enable_fallback=0,
+        )
+    except _exceptions(runtime) as error:
+        # A model at fault fails on the CPU too, where its error is reported.
+        logger.warning("ONNX Runtime failed on CUDA: %s", _one_line(error))
+        return None
+    # A library that does not load leaves the CPU provider alone, without an error.
+    return session if on_cuda(session) else None
+
+
+def _source(model: Model) -> tuple[str | bytes, str | None]:
+    """Return what InferenceSession takes, and the folder of the external data if there is any."""
+    if isinstance(model, str | os.PathLike):
+        if not Path(model).is_file():
+            raise ModelError(f"model {os.fspath(model)}: no such file")
+        return os.fspath(model), None
+    folder = None
+    if isinstance(model, ir.Model):
+        folder = _external_folder(model)
+        model = ir.to_proto(model)
+    try:
+        return model.SerializeToString(), folder
+    except (ValueError, EncodeError) as error:
+        raise ModelError(_too_large(model)) from error
+
+
+def _external_folder(model: ir.Model) -> str | None:
+    """Return the folder of the model's external data, None where all weights are in memory."""
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    # Found before the weights are copied into a message that cannot hold them.
+    if sum(t.nbytes for t in tensors) - sum(t.nbytes for t in external) > _PROTOBUF_LIMIT:
+        raise ModelError(_too_large(model))
+    folders = sorted({os.path.abspath(tensor.base_dir) for tensor in external})
+    if len(folders) > 1:
+        raise ModelError(
+            f"model {_label(model)}: its external data lie in several folders "
+            f"({', '.join(folders)}); save it to one place first"
+        )
+    return folders[0] if folders else None
+
+
+def _too_large(model: Model) -> str:
+    return (
+        f"model {_label(model)}: more than 2 GB in memory do not fit one message; save it with "
+        "external data and pass the path"
+    )
+
+
+def _label(model: Model) -> str:
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    return repr(model.graph.name or "in memory")
+
+
+def _spec(arg: ort.NodeArg, *, optional: bool) -> InputSpec:
+    if arg.type not in _NUMPY:
+        raise ModelError(f"input {arg.name!r}: its type {arg.type} cannot be fed from NumPy")
+    # An input of unknown rank and a scalar both have an empty shape here; a scalar is never
+    # a batch, so the rank is left open.
+    shape = tuple(dim if isinstance(dim, int) else None for dim in arg.shape) or None
+    return InputSpec(arg.name, np.dtype(_NUMPY[arg.type]), shape, optional)
+
+
+@contextmanager
+def _refusals(runtime: ModuleType, what: str) -> Iterator[None]:
+    try:
+        yield
+    except _exceptions(runtime) as error:
+        raise ModelError(f"{what}: {_one_line(error)}") from error
+
+
+def _exceptions(runtime: ModuleType) -> tuple[type[Exception], ...]:
+    """Everything ONNX Runtime raises: its own classes have no common base but Exception."""
+    binding = runtime.capi.onnxruntime_pybind11_state
+    own = (value for value in vars(binding).values() if isinstance(value, type))
+    return (RuntimeError, ValueError, *(kind for kind in own if issubclass(kind, Exception)))
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip()).split("\n")[0]

@@ -1,0 +1,318 @@
+import sys
+import weakref
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.passes import find_sites, instrument
+from iobs_onnx.runtime.calibrate import calibrate
+from iobs_onnx.runtime.session import open_session
+from iobs_onnx.site import Patches, Rows, Tap
+
+H = Tap("h", Rows(-1), 6)
+
+
+def gram(rows):
+    rows = rows.astype(np.float64)
+    return rows.T @ rows / len(rows)
+
+
+def relative(hessian, expected):
+    return np.linalg.norm(hessian.matrix[0].numpy() - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture
+def session(linear):
+    return open_session(linear, "cpu")
+
+
+def batches(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.standard_normal((5 + i, 6)).astype(np.float32)} for i in range(count)]
+
+
+def test_equals_numpy_float64(session):
+    feeds = batches(9)
+    done = []
+    result = calibrate(session, [H], iter(feeds), progress=done.append)
+    rows = np.maximum(np.concatenate([feed["x"] for feed in feeds]), 0)
+    assert relative(result.hessians[H], gram(rows)) < 1e-6
+    assert result.hessians[H].rows == len(rows)
+    assert result.batches == 9
+    assert done == list(range(1, 10))
+    assert not result.padding_excluded
+    assert result.padding_kept == ()
+
+
+def test_taps_of_one_value_in_several_forms(build):
+    kind = (TensorProto.FLOAT, [2, 4, 6])
+    model = build([helper.make_node("Relu", ["x"], ["h"])], {"x": kind}, {"h": kind})
+    x = np.random.default_rng(0).standard_normal((2, 4, 6)).astype(np.float32)
+    taps = [
+        Tap("h", Rows(-1), 6),
+        Tap("h", Rows(-2), 4),
+        Tap("h", Patches((3,), (1,), (1,), (0, 0), groups=2), 6),
+    ]
+    result = calibrate(open_session(model, "cpu"), taps, [{"x": x}])
+    h = np.maximum(x, 0)
+    assert relative(result.hessians[taps[0]], gram(h.reshape(-1, 6))) < 1e-6
+    assert relative(result.hessians[taps[1]], gram(h.transpose(0, 2, 1).reshape(-1, 4))) < 1e-6
+    patches = np.stack([h[:, 2:, i : i + 3] for i in range(4)], axis=1)  # second group
+    rows = patches.transpose(0, 1, 3, 2).reshape(-1, 6)
+    second = result.hessians[taps[2]].matrix[1].numpy()
+    assert np.linalg.norm(second - gram(rows)) < 1e-6 * np.linalg.norm(second)
+
+
+def test_a_large_tap_is_split_among_workers(build):
+    kind = (TensorProto.FLOAT, ["n", 700])
+    model = build([helper.make_node("Relu", ["x"], ["h"])], {"x": kind}, {"h": kind})
+    x = np.random.default_rng(0).standard_normal((50, 700)).astype(np.float32)
+    tap = Tap("h", Rows(), 700)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        result = calibrate(open_session(model, "cpu"), [tap], [{"x": x}, {"x": x[:20]}])
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+    rows = np.maximum(np.concatenate([x, x[:20]]), 0)
+    assert relative(result.hessians[tap], gram(rows)) < 1e-6
+    assert result.hessians[tap].rows == 70
+
+
+def test_an_activation_that_is_a_graph_input(build):
+    kind = (TensorProto.FLOAT, ["n", 6])
+    model = build([helper.make_node("Relu", ["x"], ["y"])], {"x": kind}, {"y": kind})
+    tapped = instrument(ir.from_proto(model), ["x"])
+    x = batches(1)[0]["x"]
+    tap = Tap("x", Rows(), 6)
+    result = calibrate(open_session(tapped, "cpu"), [tap], [{"x": x}])
+    assert relative(result.hessians[tap], gram(x)) < 1e-6
+
+
+def test_float16_activations(build):
+    kind = (TensorProto.FLOAT16, ["n", 6])
+    model = build([helper.make_node("Relu", ["x"], ["h"])], {"x": kind}, {"h": kind})
+    x = (np.random.default_rng(0).standard_normal((400, 6)) * 30).astype(np.float16)
+    result = calibrate(open_session(model, "cpu"), [H], [{"x": x}])
+    assert relative(result.hessians[H], gram(np.maximum(x, 0))) < 1e-6
+
+
+def test_one_batch_is_alive_at_a_time(session, monkeypatch):
+    module = sys.modules["iobs_onnx.runtime.calibrate"]
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def watch(value):
+        alive.append(sum(ref() is not None for ref in seen))
+        tensor = torch.utils.dlpack.from_dlpack(value)
+        seen.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(module, "from_dlpack", watch)
+    calibrate(session, [H], batches(6))
+    assert alive == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, "activation 'h', batch 2: holds NaN"),
+        (np.inf, "activation 'h', batch 2: holds Inf"),
+        (1e25, r"activation 'h', batch 2: values up to 1.0e\+25 overflow when squared"),
+    ],
+)
+def test_activation_that_is_not_finite(session, value, message):
+    feeds = batches(4)
+    feeds[2]["x"][1, 3] = value
+    with pytest.raises(DataError, match=message):
+        calibrate(session, [H], feeds)
+
+
+def test_what_cannot_be_calibrated(session):
+    with pytest.raises(DataError, match="there are no feeds"):
+        calibrate(session, [H], [])
+    with pytest.raises(ModelError, match="nothing to calibrate"):
+        calibrate(session, [], batches(1))
+    with pytest.raises(ModelError, match="'lost' is no output of the instrumented model"):
+        calibrate(session, [Tap("lost", Rows(), 6)], batches(1))
+    with pytest.raises(ModelError, match=r"'h' has shape .* 7 features along axis -1"):
+        calibrate(session, [Tap("h", Rows(), 7)], batches(1))
+    with pytest.raises(ModelError, match="ONNX Runtime cannot run the model on this feed"):
+        calibrate(session, [H], [{"x": np.zeros((2, 5), np.float32)}])
+
+
+# --- padding
+
+
+@pytest.fixture(scope="module")
+def attention(build):
+    """Embedding, masked self-attention, and taps in shapes with and without (batch, seq)."""
+    d, heads = 8, 2
+    rng = np.random.default_rng(0)
+    weights = {
+        "table": rng.standard_normal((50, d)).astype(np.float32),
+        "one": np.array(1, np.float32),
+        "big": np.array(-1e9, np.float32),
+        "axes": np.array([1], np.int64),
+        "flat": np.array([-1, d], np.int64),
+        "heads": np.array([0, 0, heads, d // heads], np.int64),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["emb"]),
+        helper.make_node("Transpose", ["emb"], ["emb_t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["emb", "emb_t"], ["scores"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["one", "mask"], ["off"]),
+        helper.make_node("Mul", ["off", "big"], ["bias_"]),
+        helper.make_node("Unsqueeze", ["bias_", "axes"], ["bias"]),
+        helper.make_node("Add", ["scores", "bias"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "emb"], ["context"]),
+        helper.make_node("Reshape", ["context", "flat"], ["tokens"]),
+        helper.make_node("Reshape", ["context", "heads"], ["by_head"]),
+        helper.make_node("ReduceMax", ["context"], ["pooled"], axes=[1], keepdims=0),
+    ]
+    ids = (TensorProto.INT64, ["b", "s"])
+    outputs = {
+        "context": (TensorProto.FLOAT, ["b", "s", d]),
+        "tokens": (TensorProto.FLOAT, ["t", d]),
+        "by_head": (TensorProto.FLOAT, ["b", "s", heads, d // heads]),
+        "pooled": (TensorProto.FLOAT, ["b", d]),
+    }
+    model = build(nodes, {"input_ids": ids, "attention_mask": ids}, outputs, weights)
+    return open_session(model, "cpu")
+
+
+CONTEXT, TOKENS = Tap("context", Rows(-1), 8), Tap("tokens", Rows(-1), 8)
+BY_HEAD, POOLED = Tap("by_head", Rows(3), 4), Tap("pooled", Rows(-1), 8)
+SIDEWAYS = Tap("context", Rows(0), 3)
+LENGTHS = (5, 2, 9)
+
+
+def padded(sentences):
+    longest = max(map(len, sentences))
+    ids = np.zeros((len(sentences), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, sentence in enumerate(sentences):
+        ids[row, : len(sentence)] = sentence
+        mask[row, : len(sentence)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def sentences():
+    rng = np.random.default_rng(1)
+    return [rng.integers(1, 50, length) for length in LENGTHS]
+
+
+def test_padding_is_excluded(attention, sentences):
+    taps = [CONTEXT, TOKENS, BY_HEAD]
+    batch = calibrate(attention, taps, [padded(sentences)])
+    alone = calibrate(attention, taps, [padded([sentence]) for sentence in sentences])
+    assert batch.padding_excluded
+    assert batch.padding_kept == ()
+    assert not alone.padding_excluded
+    for tap in taps:
+        assert batch.hessians[tap].rows == alone.hessians[tap].rows
+        assert relative(batch.hessians[tap], alone.hessians[tap].matrix[0].numpy()) < 1e-5
+    assert batch.hessians[CONTEXT].rows == sum(LENGTHS)
+    assert batch.hessians[BY_HEAD].rows == 2 * sum(LENGTHS)
+
+
+def test_padding_is_included_on_request(attention, sentences):
+    with_padding = calibrate(attention, [CONTEXT], [padded(sentences)], mask_padding=False)
+    without = calibrate(attention, [CONTEXT], [padded(sentences)])
+    assert with_padding.hessians[CONTEXT].rows == 3 * max(LENGTHS)
+    assert not with_padding.padding_excluded
+    reference = without.hessians[CONTEXT].matrix[0].numpy()
+    assert relative(with_padding.hessians[CONTEXT], reference) > 1e-2
+
+
+def test_taps_that_the_mask_does_not_fit_are_named(attention, sentences):
+    result = calibrate(attention, [CONTEXT, POOLED, SIDEWAYS], [padded(sentences)])
+    assert result.padding_kept == (POOLED, SIDEWAYS)
+    assert result.padding_excluded
+    assert result.hessians[POOLED].rows == 3
+    assert calibrate(attention, [POOLED], [padded(sentences[:1])]).padding_kept == ()
+
+
+def test_nan_in_padding_does_no_harm(build):
+    ids = (TensorProto.INT64, ["b", "s"])
+    kind = (TensorProto.FLOAT, ["b", "s", 2])
+    table = np.array([[np.nan, np.nan], [1, 2]], np.float32)
+    model = build(
+        [helper.make_node("Gather", ["table", "input_ids"], ["h"])],
+        {"input_ids": ids, "attention_mask": ids},
+        {"h": kind},
+        {"table": table},
+    )
+    tap = Tap("h", Rows(), 2)
+    feed = {"input_ids": np.array([[1, 0]]), "attention_mask": np.array([[1, 0]])}
+    result = calibrate(open_session(model, "cpu"), [tap], [feed])
+    np.testing.assert_array_equal(result.hessians[tap].matrix[0].numpy(), [[1, 2], [2, 4]])
+
+
+def test_nothing_but_padding(attention):
+    feed = {key: np.zeros((2, 3), np.int64) for key in ("input_ids", "attention_mask")}
+    with pytest.raises(DataError, match="no rows reached the Hessian"):
+        calibrate(attention, [CONTEXT], [feed])
+
+
+# --- real models
+
+
+def test_minilm_padding_and_float64(minilm_model, minilm_feeds):
+    """24 taps of a real encoder: padded batches against sentences one by one."""
+    model = ir.load(minilm_model)
+    taps = list({tap: None for site in find_sites(model).sites for tap in site.taps})
+    session = open_session(instrument(model, [tap.value for tap in taps]), "cpu")
+    feed = {name: array[:8] for name, array in minilm_feeds[0].items()}
+    lengths = feed["attention_mask"].sum(axis=1)
+    assert lengths.min() < lengths.max(), "the feed holds padding"
+    alone = [
+        {name: array[row : row + 1, :length] for name, array in feed.items()}
+        for row, length in enumerate(lengths)
+    ]
+    batch, single = calibrate(session, taps, [feed]), calibrate(session, taps, alone)
+    assert len(taps) == 24
+    assert batch.padding_kept == ()
+    for tap in taps:
+        assert batch.hessians[tap].rows == lengths.sum()
+        # float32 kernels differ with the shape of the batch; so do the activations, layer by layer
+        assert relative(batch.hessians[tap], single.hessians[tap].matrix[0].numpy()) < 1e-4
+    values = session.run([tap.value for tap in taps], feed)
+    for tap, value in zip(taps, values, strict=True):
+        rows = value[feed["attention_mask"] != 0]
+        assert relative(batch.hessians[tap], gram(rows)) < 1e-5
+
+
+def test_magika_hessian_gives_the_energy_of_every_output(magika_model):
+    """For each site `diag(W H Wᵀ)` is the mean square of what its node computes."""
+    model = ir.load(magika_model)
+    sites = find_sites(model).sites
+    assert any(site.op_type == "Conv" for site in sites)
+    taps = list({tap: None for site in sites for tap in site.taps})
+    nodes = {node.name: node for node in model.graph}
+    results = [nodes[site.nodes[0]].outputs[0].name for site in sites]
+    session = open_session(instrument(model, [tap.value for tap in taps] + results), "cpu")
+    rng = np.random.default_rng(0)
+    feed = {"bytes": rng.integers(0, 257, (8, 2048)).astype(np.int32)}
+    hessians = calibrate(session, taps, [feed]).hessians
+    for site, result in zip(sites, results, strict=True):
+        node = nodes[site.nodes[0]]
+        (y,) = session.run([result], feed)
+        if len(node.inputs) == 3:
+            bias = node.inputs[2].const_value.numpy()
+            y = y - bias.reshape(1, -1, *[1] * (y.ndim - 2))
+        y = np.moveaxis(y, 1 if site.op_type == "Conv" else -1, -1)
+        energy = (y.reshape(-1, site.out_features).astype(np.float64) ** 2).mean(axis=0)
+        stored = model.graph.initializers[site.initializer].const_value.numpy()
+        weight = site.to_matrices(stored)[0]
+        hessian = hessians[site.taps[0]].matrix[0].numpy()
+        found = np.einsum("oi,ij,oj->o", weight, hessian, weight)
+        np.testing.assert_allclose(found, energy, rtol=1e-3, atol=1e-3 * energy.max())

@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+import torch
+
+from iobs_onnx.errors import DataError
+from iobs_onnx.hessian import (
+    GramAccumulator,
+    Hessian,
+    combine,
+    damped,
+    dead_inputs,
+    exact_float32,
+)
+
+
+def reference(rows):
+    rows = rows.astype(np.float64)
+    return rows.T @ rows / len(rows)
+
+
+def relative(found, expected):
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("features", [1, 5, 128, 130, 1100])
+def test_equals_float64_and_is_symmetric(features):
+    rows = np.random.default_rng(0).standard_normal((700, features)).astype(np.float32)
+    sums = GramAccumulator(features)
+    for part in np.array_split(rows, 3):
+        sums.add(torch.from_numpy(part))
+    hessian = sums.finish()
+    assert hessian.rows == 700
+    assert hessian.matrix.shape == (1, features, features)
+    assert hessian.matrix.dtype == torch.float32
+    assert torch.equal(hessian.matrix, hessian.matrix.mT)
+    assert relative(hessian.matrix[0].numpy(), reference(rows)) < 1e-6
+
+
+def test_groups_are_independent():
+    rows = np.random.default_rng(1).standard_normal((3, 50, 200)).astype(np.float32)
+    sums = GramAccumulator(200, groups=3)
+    sums.add(torch.from_numpy(rows))
+    matrix = sums.finish().matrix.numpy()
+    for group in range(3):
+        assert relative(matrix[group], reference(rows[group])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("batches", "rows", "offset"), [(12000, 17, 1000.1), (40, 20000, 1000.1), (300, 100, 0.0)]
+)
+def test_many_batches_with_a_large_offset(batches, rows, offset):
+    # Without float64 sums the first case loses 4e-5.
+    rng = np.random.default_rng(2)
+    block = (rng.standard_normal((rows, 8)) + offset).astype(np.float32)
+    sums = GramAccumulator(8)
+    for _ in range(batches):
+        sums.add(torch.from_numpy(block))
+    hessian = sums.finish()
+    assert hessian.rows == batches * rows
+    assert relative(hessian.matrix[0].numpy(), reference(block)) < 1e-5
+
+
+def test_constant_data_keep_their_precision():
+    sums = GramAccumulator(4)
+    block = torch.full((100_000, 4), 1000.1)
+    for _ in range(5):
+        sums.add(block)
+    assert relative(sums.finish().matrix[0].numpy(), reference(block[:1].numpy())) < 1e-5
+
+
+def test_float16_rows_are_summed_in_float32():
+    rows = (np.random.default_rng(3).standard_normal((5000, 6)) * 20).astype(np.float16)
+    sums = GramAccumulator(6)
+    sums.add(torch.from_numpy(rows))
+    assert relative(sums.finish().matrix[0].numpy(), reference(rows)) < 1e-6
+
+
+def test_parts_add_up_to_the_whole():
+    rows = torch.from_numpy(np.random.default_rng(4).standard_normal((90, 400)).astype(np.float32))
+    whole, split = GramAccumulator(400), GramAccumulator(400)
+    whole.add(rows)
+    assert split.parts == 4
+    for part in range(3):
+        split.add(rows, part, 3)
+    assert split.rows == 90
+    assert torch.equal(whole.finish().matrix, split.finish().matrix)
+
+
+def test_added_rows_are_not_changed():
+    rows = torch.randn(10, 4)
+    before = rows.clone()
+    GramAccumulator(4).add(rows)
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("later", [0, 200])
+def test_finite_sees_what_is_not(bad, later):
+    sums = GramAccumulator(200)
+    sums.add(torch.ones(3, 200))
+    assert sums.finite()
+    row = torch.ones(1, 200)
+    row[0, 150] = bad
+    sums.add(row)
+    for _ in range(later):  # past the move to float64
+        sums.add(torch.ones(1, 200))
+    assert not sums.finite()
+    assert sums.finite(0, 2)  # the first strip does not hold input 150
+    assert not sums.finite(1, 2)
+
+
+def test_no_rows():
+    sums = GramAccumulator(3)
+    sums.add(torch.empty(0, 3))
+    with pytest.raises(DataError, match="no rows"):
+        sums.finish()
+
+
+def test_combine_weighs_by_rows():
+    rows = np.random.default_rng(5).standard_normal((60, 7)).astype(np.float32)
+    hessians = []
+    for part in (rows[:13], rows[13:]):
+        sums = GramAccumulator(7)
+        sums.add(torch.from_numpy(part))
+        hessians.append(sums.finish())
+    both = combine(hessians)
+    assert both.rows == 60
+    assert relative(both.matrix[0].numpy(), reference(rows)) < 1e-6
+    assert combine(hessians[:1]) is hessians[0]
+
+
+def test_damped_adds_a_fraction_of_the_mean_diagonal_of_each_group():
+    matrix = torch.stack([torch.diag(torch.tensor([1.0, 3.0])), torch.ones(2, 2)])
+    before = matrix.clone()
+    expected = torch.tensor([[[1.2, 0.0], [0.0, 3.2]], [[1.1, 1.0], [1.0, 1.1]]])
+    torch.testing.assert_close(damped(matrix, 0.1), expected)
+    assert torch.equal(matrix, before)
+
+
+def test_dead_inputs():
+    hessian = Hessian(torch.diag(torch.tensor([1.0, 0.0, 2.0]))[None], 4)
+    assert dead_inputs(hessian.matrix).tolist() == [[False, True, False]]
+
+
+def test_exact_float32_restores_the_choice():
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(chosen)
