@@ -38,7 +38,7 @@ class IOBS:
     """
 
     rho: float = 0.1
-    growth: float = 1.08
+    growth: float = 1.04
     saliency: float = 0.75
     settled: float = 1e-3
     iterations: int = 1000
@@ -74,9 +74,9 @@ class IOBS:
         """
         inputs, outputs = weight.shape
         # An inverse costs about as much as 1.5·in/out steps.
-        hold = max(1, min(8, round(1.5 * inputs / outputs)))
+        hold = max(2, min(8, round(1.5 * inputs / outputs)))
         rho, growth = self.rho, 1.0
-        iterate = weight
+        iterate = weight.clone()
         mask = problem.project(iterate.abs().T).T
         allowed = self.settled * mask.numel()
         for count in range(self.iterations):
@@ -85,10 +85,10 @@ class IOBS:
                 resolvent = _resolvent(hessian, rho)
             else:
                 growth = 1.0
-            removed = iterate.masked_fill(mask, 0.0)
+            kept = iterate * mask
             # Growing ρ shrinks V/ρ, the removed part, by the same factor.
-            offset = torch.sub(iterate - weight, removed, alpha=1.0 + 1.0 / growth)
-            iterate = torch.add(weight, removed, alpha=1.0 / growth).addmm_(resolvent, offset)
+            base = torch.add(weight, iterate.sub_(kept), alpha=1.0 / growth)
+            iterate = base.addmm(resolvent, kept.sub_(base))
             growth = self.growth**hold
             previous, mask = mask, problem.project(iterate.abs().T).T
             if int((mask != previous).sum()) <= allowed:

@@ -1,0 +1,277 @@
+"""The command line, thin over the public API: `iobs-onnx prune | inspect | verify`.
+
+Exit codes: 0 done; 1 a gate failed (a claimed pattern, finite outputs); 2 bad input or usage,
+told in one line; 3 a defect of this program, with its traceback; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from iobs_onnx.config import PruneConfig, read_toml
+from iobs_onnx.errors import CheckError, IobsError, OptionError
+from iobs_onnx.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What a TOML file may hold besides the fields of PruneConfig.
+_RUN_OPTIONS = ("calibration", "output", "report_dir")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    # Read when torch is loaded. Threads that spin while they wait make the solvers ten times
+    # slower as soon as another process wants a core, and gain nothing when none does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="iobs-onnx: %(message)s", level=logging.WARNING)
+    try:
+        return int(arguments.run(arguments))
+    except IobsError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"iobs-onnx: error: {_one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, CheckError) else 2
+    except KeyboardInterrupt:
+        print("iobs-onnx: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except Exception:
+        traceback.print_exc()
+        print("iobs-onnx: this is a defect of iobs-onnx; please report it", file=sys.stderr)
+        return 3
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iobs-onnx", description="Post-training sparsity for ONNX models with I-OBS."
+    )
+    version = importlib.metadata.version("iobs-onnx")
+    parser.add_argument("--version", action="version", version=f"iobs-onnx {version}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_prune(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _add_prune(commands: Any) -> None:
+    command = commands.add_parser(
+        "prune",
+        help="make the weights of a model sparse",
+        description="Prune a model's weights and say what it cost.",
+    )
+    command.set_defaults(run=_prune)
+    command.add_argument("model", metavar="MODEL", help="the dense .onnx file")
+    command.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="an .npz, a directory of .npz feeds, or module:callable",
+    )
+    command.add_argument("--output", metavar="OUT.onnx", help="the sparse model to write")
+    command.add_argument("--report-dir", metavar="DIR", help="write report.json here")
+    command.add_argument("--config", metavar="FILE.toml", help="options; flags override them")
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    for option in dataclasses.fields(PruneConfig):
+        flag = "--" + option.name.replace("_", "-")
+        if option.default is True:
+            flag = flag.replace("--", "--no-", 1)
+        # None means "not given": the TOML file or the default of PruneConfig then decides.
+        command.add_argument(
+            flag,
+            dest=option.name,
+            default=None,
+            help=_help(option),
+            **option.metadata["how"],
+        )
+
+
+def _help(option: dataclasses.Field[Any]) -> str:
+    text: str = option.metadata["help"]
+    shown = isinstance(option.default, str | float | int) and not isinstance(option.default, bool)
+    return f"{text} (default: {option.default})" if shown else text
+
+
+def _add_inspect(commands: Any) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="list every candidate weight",
+        description="List every candidate weight: a site, or declined and why.",
+    )
+    command.set_defaults(run=_inspect)
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="check a sparse model",
+        description="Check that a model holds a pattern and that its outputs are finite.",
+    )
+    command.set_defaults(run=_verify)
+    command.add_argument("sparse", metavar="SPARSE")
+    command.add_argument("--sparsity", metavar="PATTERN", help="the pattern every site must hold")
+    command.add_argument("--dense", metavar="MODEL", help="compare outputs with this; needs --data")
+    command.add_argument("--data", metavar="DATA", help="feeds, as for prune --calibration")
+    for name in ("include", "exclude", "provider"):
+        option = next(f for f in dataclasses.fields(PruneConfig) if f.name == name)
+        command.add_argument(f"--{name}", default=option.default or None, **option.metadata["how"])
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    fields = [option.name for option in dataclasses.fields(PruneConfig)]
+    known = [*fields, *_RUN_OPTIONS]
+    options = read_toml(arguments.config, known) if arguments.config else {}
+    given = {name: getattr(arguments, name) for name in known}
+    options |= {name: value for name, value in given.items() if value is not None}
+    for name in ("calibration", "sparsity", "output"):
+        if name not in options:
+            raise OptionError(f"--{name} is missing: give it as a flag or in the --config file")
+    report_dir = options.pop("report_dir", None)
+
+    from iobs_onnx.pipeline import prune
+    from iobs_onnx.report import render
+
+    console = _console()
+    progress = Progress() if arguments.quiet or not console.is_terminal else _Bars(console)
+    result = prune(arguments.model, progress=progress, **options)
+    written = [result.output]
+    if report_dir is not None:
+        written.append(str(result.report.save(report_dir)))
+    if not arguments.quiet:
+        for part in render(result.report):
+            console.print(part)
+        console.print(f"wrote {' and '.join(map(str, written))}", soft_wrap=True)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from iobs_onnx.inspection import describe, inspect
+
+    found = inspect(arguments.model)
+    if arguments.json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        return 0
+
+    from rich.table import Table
+
+    from iobs_onnx.report import declined_table
+
+    labels = {tap: str(i) for i, tap in enumerate(found.tap_labels(), start=1)}
+    table = Table(title=f"{len(found.sites)} sites, {len(labels)} taps")
+    for heading in ("site", "operator", "shape", "axis", "out × in", "tap", "2:4"):
+        table.add_column(heading, overflow="fold")
+    for site in found.sites:
+        row = describe(site)
+        table.add_row(
+            site.name,
+            site.op_type,
+            " × ".join(map(str, site.shape)),
+            str(site.axis),
+            f"{site.groups} × " * (site.groups > 1) + f"{site.out_features} × {site.in_features}",
+            ", ".join(labels[tap] for tap in site.taps),
+            ("yes: " if row["eligible_2_4"] else "no: ") + row["eligibility_rule"],
+        )
+    console = _console()
+    console.print(table)
+    if found.declined:
+        console.print(declined_table(found.as_dict()["declined"]))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from iobs_onnx.verification import verify
+
+    result = verify(
+        arguments.sparse,
+        sparsity=arguments.sparsity,
+        dense=arguments.dense,
+        data=arguments.data,
+        include=arguments.include or (),
+        exclude=arguments.exclude or (),
+        provider=arguments.provider,
+    )
+    if arguments.json:
+        print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
+        return 0 if result.ok else 1
+
+    from rich.table import Table
+
+    from iobs_onnx.report import declined_table
+
+    console = _console()
+    table = Table(title=f"{len(result.sites)} weights")
+    for heading in ("site", "shape", "zeros", "holds 2:4", f"beyond {result.pattern or 'claim'}"):
+        table.add_column(heading, overflow="fold")
+    for site in result.sites:
+        holds = {True: "yes", False: "no", None: "cannot"}[site.holds_2_4]
+        beyond = "–" if site.violations is None else str(site.violations)
+        shape = " × ".join(map(str, site.shape))
+        table.add_row(site.name, shape, f"{site.sparsity:.1%}", holds, beyond)
+    console.print(table)
+    if result.declined:
+        console.print(declined_table(result.as_dict()["declined"]))
+    for output in result.outputs:
+        near = (
+            ""
+            if output["cosine"] is None
+            else (f": relative error {output['relative_error']:.4f}, cosine {output['cosine']:.4f}")
+        )
+        console.print(f"output {output['name']}{near}, {'' if output['finite'] else 'NOT '}finite")
+    if not result.outputs:
+        console.print("outputs were not checked: give --data to run the model")
+    for failure in result.failures:
+        console.print(f"FAILED {failure}", style="bold red", soft_wrap=True)
+    console.print("verified" if result.ok else f"{len(result.failures)} checks failed")
+    return 0 if result.ok else 1
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    # A pipe has no width: 80 columns would fold every name.
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
+
+
+class _Bars(Progress):
+    """Progress bars on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
+        """Draw one bar while the stage lasts."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn())
+        with RichProgress(*columns, TimeElapsedColumn(), console=self._console) as bars:
+            task = bars.add_task(name, total=total)
+            yield lambda: bars.advance(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

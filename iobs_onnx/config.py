@@ -1,0 +1,153 @@
+"""Every option, declared once: the command line, TOML files and the Python API all read this."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from iobs_onnx.errors import OptionError
+from iobs_onnx.sparsity import Pattern, parse_sparsity
+
+# `solvers` holds the classes; their names stand here so that `--help` need not import torch.
+SOLVER_NAMES = ("iobs", "sparsegpt", "wanda", "magnitude")
+
+
+def _option(default: Any, text: str, **how: Any) -> Any:
+    """A field with its help text and, in `how`, what argparse needs to read it."""
+    return field(default=default, metadata={"help": text, "how": how})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How to prune; see `iobs-onnx prune --help` for what each field means.
+
+    Raises:
+        OptionError: a value is malformed or out of range.
+    """
+
+    sparsity: Pattern = field(
+        metadata={
+            "help": "2:4, any N:M (N kept of M consecutive inputs), or the fraction removed: "
+            "0.7 or 70%%",
+            "how": {"metavar": "PATTERN"},
+        }
+    )
+    solver: str = _option("iobs", "how each layer is solved", choices=SOLVER_NAMES)
+    samples: int | None = _option(
+        None,
+        "calibrate on this many samples: rows of an .npz, else feeds (default: all but those "
+        "held out)",
+        type=int,
+        metavar="N",
+    )
+    batch_size: int | None = _option(
+        None,
+        "rows of an .npz in a batch (default: what the model fixes, else 16)",
+        type=int,
+        metavar="N",
+    )
+    include: tuple[str, ...] = _option(
+        (), "prune only sites whose name matches", action="append", metavar="GLOB"
+    )
+    exclude: tuple[str, ...] = _option(
+        (), "leave sites whose name matches as they are", action="append", metavar="GLOB"
+    )
+    damping: float = _option(
+        0.01, "added to the Hessian's diagonal, as a fraction of its mean", type=float
+    )
+    mask_padding: bool = _option(
+        True, "count positions whose attention_mask is 0 as well", action="store_false"
+    )
+    compare: str | None = _option(
+        None, "also solve every site with this one and report the ratio", choices=SOLVER_NAMES
+    )
+    provider: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "where ONNX Runtime runs the model", choices=("auto", "cpu", "cuda")
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "where Hessians are summed and layers solved", choices=("auto", "cpu", "cuda")
+    )
+    seed: int = _option(0, "chooses samples where not all are used", type=int, metavar="N")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", parse_sparsity(self.sparsity))
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            globs = (value,) if isinstance(value, str) else tuple(value or ())
+            object.__setattr__(self, name, globs)
+        for name in ("solver", "compare", "provider", "device"):
+            self._require_choice(name)
+        for name in ("samples", "batch_size", "seed"):
+            self._require_integer(name, least=0 if name == "seed" else 1)
+        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not number or not 0 <= self.damping < float("inf"):
+            raise OptionError(f"damping {self.damping!r}: expected a number of at least 0")
+        if not isinstance(self.mask_padding, bool):
+            raise OptionError(f"mask_padding {self.mask_padding!r}: expected true or false")
+
+    def _require_choice(self, name: str) -> None:
+        options = next(f for f in dataclasses.fields(self) if f.name == name)
+        value, choices = getattr(self, name), options.metadata["how"]["choices"]
+        if value not in choices and not (name == "compare" and value is None):
+            raise OptionError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
+
+    def _require_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is None and name != "seed":
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise OptionError(f"{name} {value!r}: expected an integer of at least {least}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every option as JSON types, for the report."""
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "sparsity": str(self.sparsity),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+
+
+def make_config(options: Mapping[str, Any]) -> PruneConfig:
+    """Return the configuration; an unknown option is an error that names the nearest known one.
+
+    Raises:
+        OptionError: an option is unknown, malformed or out of range, or `sparsity` is missing.
+    """
+    known = [f.name for f in dataclasses.fields(PruneConfig)]
+    require_known(options, known, "option")
+    if "sparsity" not in options:
+        raise OptionError("sparsity is missing: give 2:4, any N:M, or the fraction removed")
+    return PruneConfig(**options)
+
+
+def read_toml(path: str | Path, known: list[str]) -> dict[str, Any]:
+    """Return the options in a TOML file; `-` and `_` in keys are the same.
+
+    Raises:
+        OptionError: the file cannot be read, is not TOML, or holds a key that is not `known`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise OptionError(f"config {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"config {path}: not TOML: {error}") from error
+    options = {key.replace("-", "_"): value for key, value in table.items()}
+    require_known(options, known, f"config {path}: key")
+    return options
+
+
+def require_known(options: Mapping[str, Any], known: list[str], what: str) -> None:
+    """Raise an OptionError that names the nearest known option for one that is not."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise OptionError(f"{what} {name!r} is unknown: {hint}")

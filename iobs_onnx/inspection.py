@@ -1,0 +1,89 @@
+"""What a model holds: every candidate weight, without running or solving anything."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from iobs_onnx.passes import eligibility_2_4, find_sites, load_model
+from iobs_onnx.site import Declined, Patches, Site, Tap
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The sites and the declined candidates of a model, in graph order."""
+
+    sites: tuple[Site, ...]
+    declined: tuple[Declined, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON types: `sites` and `declined`, each a list of objects."""
+        shared = self.tap_labels()
+        return {
+            "sites": [
+                {**describe(site), "taps": [shared[tap] for tap in site.taps]}
+                for site in self.sites
+            ],
+            "declined": [describe_declined(item) for item in self.declined],
+        }
+
+    def tap_labels(self) -> dict[Tap, str]:
+        """Return a label for every tap: its activation, and the patch form of a convolution."""
+        return {tap: tap_label(tap) for site in self.sites for tap in site.taps}
+
+
+def inspect(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Inspection:
+    """Find every candidate weight of a model.
+
+    Args:
+        model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    found = find_sites(load_model(model))
+    return Inspection(found.sites, found.declined)
+
+
+def describe(site: Site) -> dict[str, Any]:
+    """Return a site as JSON types, as `inspect --json` and the report show it."""
+    eligible, rule = eligibility_2_4(site)
+    return {
+        "name": site.name,
+        "nodes": list(site.nodes),
+        "op_type": site.op_type,
+        "initializer": site.initializer,
+        "shape": list(site.shape),
+        "dtype": site.dtype,
+        "axis": site.axis,
+        "groups": site.groups,
+        "out_features": site.out_features,
+        "in_features": site.in_features,
+        "taps": [tap_label(tap) for tap in site.taps],
+        "eligible_2_4": eligible,
+        "eligibility_rule": rule,
+    }
+
+
+def describe_declined(item: Declined) -> dict[str, Any]:
+    """Return a declined candidate as JSON types."""
+    return {
+        "name": item.name,
+        "nodes": list(item.nodes),
+        "op_type": item.op_type,
+        "initializer": item.initializer,
+        "shape": list(item.shape),
+        "reason": item.reason,
+    }
+
+
+def tap_label(tap: Tap) -> str:
+    """Return a tap's activation, with the kernel and stride where it is read in patches."""
+    if isinstance(tap.form, Patches):
+        kernel = "x".join(map(str, tap.form.kernel))
+        return f"{tap.value} (patches {kernel}, stride {'x'.join(map(str, tap.form.strides))})"
+    return tap.value if tap.form.axis == -1 else f"{tap.value} (axis {tap.form.axis})"

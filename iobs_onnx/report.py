@@ -1,0 +1,315 @@
+"""The report of a run: what was pruned, what was not and why, and what it cost.
+
+The JSON schema is documented in `docs/report.md`; `schema_version` changes with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iobs_onnx.config import PruneConfig
+from iobs_onnx.errors import OptionError
+from iobs_onnx.inspection import describe, describe_declined, tap_label
+from iobs_onnx.passes import achieved_sparsity
+from iobs_onnx.runtime import Calibration, Data, OutputFidelity
+from iobs_onnx.site import Declined, Site
+from iobs_onnx.sparsity import Pattern
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("iobs-onnx", "onnx", "onnx-ir", "torch", "numpy")
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One pruned site; the fields that `inspect` shows, and what pruning did to it.
+
+    Attributes:
+        pattern: as text.
+        sparsity: fraction of zeros in the stored tensor.
+        layer_error: `tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)` on the calibration data.
+        compared_error: the same for the solver named by `compare`, None if none was.
+        error_ratio: `layer_error / compared_error`.
+        rows: tokens or patches in the Hessian.
+        dead_inputs: inputs that were zero in every row.
+        seconds: share of the time to solve the sites that were solved together.
+    """
+
+    name: str
+    nodes: list[str]
+    op_type: str
+    initializer: str
+    shape: list[int]
+    dtype: str
+    axis: int
+    groups: int
+    out_features: int
+    in_features: int
+    taps: list[str]
+    eligible_2_4: bool
+    eligibility_rule: str
+    pattern: str
+    sparsity: float
+    layer_error: float
+    compared_error: float | None
+    error_ratio: float | None
+    rows: int
+    dead_inputs: int
+    seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        site: Site,
+        tensor: NDArray[np.generic],
+        *,
+        pattern: Pattern,
+        layer_error: float,
+        compared_error: float | None,
+        rows: int,
+        dead_inputs: int,
+        seconds: float,
+    ) -> SiteReport:
+        """Describe a solved site; `tensor` is its sparse weight as stored."""
+        return cls(
+            **describe(site),
+            pattern=str(pattern),
+            sparsity=achieved_sparsity(tensor),
+            layer_error=layer_error,
+            compared_error=compared_error,
+            error_ratio=layer_error / compared_error if compared_error else None,
+            rows=rows,
+            dead_inputs=dead_inputs,
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """What the Hessians were made of.
+
+    Attributes:
+        source: the path or `module:callable`; the type's name for data given in memory.
+        samples, batches: that calibrated.
+        held_out_samples: set aside for verification, never calibrated on.
+        padding_excluded: positions whose attention_mask is 0 were left out.
+        padding_kept: taps that count padding all the same, because their shape hides it.
+        notes: samples that were missing or dropped.
+    """
+
+    source: str
+    samples: int
+    batches: int
+    held_out_samples: int
+    padding_excluded: bool
+    padding_kept: list[str]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, source: Any, data: Data, measured: Calibration) -> CalibrationRecord:
+        """Describe a finished calibration."""
+        named = isinstance(source, str | os.PathLike)
+        return cls(
+            source=os.fspath(source) if named else f"in memory ({type(source).__name__})",
+            samples=data.samples,
+            batches=measured.batches,
+            held_out_samples=data.held_out_samples,
+            padding_excluded=measured.padding_excluded,
+            padding_kept=[tap_label(tap) for tap in measured.padding_kept],
+            notes=list(data.notes),
+        )
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """Everything about one run; `docs/report.md` explains each field."""
+
+    schema_version: int
+    model: dict[str, Any]
+    output: dict[str, Any]
+    versions: dict[str, str]
+    runtime: dict[str, Any]
+    options: dict[str, Any]
+    calibration: CalibrationRecord
+    sites: list[SiteReport]
+    declined: list[dict[str, Any]]
+    totals: dict[str, Any]
+    verification: list[OutputFidelity]
+    seconds: dict[str, float]
+
+    def to_json(self) -> str:
+        """Return the report as JSON text; NaN and Inf, which JSON lacks, become null."""
+        return json.dumps(_json_safe(dataclasses.asdict(self)), indent=2, ensure_ascii=False)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `report.json` into a folder, which is made if needed; return its path.
+
+        Raises:
+            OptionError: the folder cannot be written.
+        """
+        path = Path(folder, "report.json")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(".report.json.part")
+            beside.write_text(self.to_json() + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            raise OptionError(f"report {path}: cannot be written ({error.strerror})") from error
+        return path
+
+
+def build_report(
+    *,
+    config: PruneConfig,
+    model: Mapping[str, Any],
+    output: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    calibration: CalibrationRecord,
+    sites: Sequence[SiteReport],
+    declined: Sequence[Declined],
+    fidelity: Sequence[OutputFidelity],
+    seconds: Mapping[str, float],
+) -> PruneReport:
+    """Put a report together; totals are computed here."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return PruneReport(
+        schema_version=SCHEMA_VERSION,
+        model=dict(model),
+        output=dict(output),
+        versions={"python": platform.python_version(), **versions},
+        runtime=dict(runtime),
+        options=config.as_dict(),
+        calibration=calibration,
+        sites=list(sites),
+        declined=[describe_declined(item) for item in declined],
+        totals=_totals(sites, declined),
+        verification=list(fidelity),
+        seconds=dict(seconds),
+    )
+
+
+def _totals(sites: Sequence[SiteReport], declined: Sequence[Declined]) -> dict[str, Any]:
+    weights = {site.initializer: math.prod(site.shape) for site in sites}
+    zeros = sum(round(site.sparsity * math.prod(site.shape)) for site in sites)
+    return {
+        "sites": len(sites),
+        "declined": len(declined),
+        "eligible_2_4": sum(site.eligible_2_4 for site in sites),
+        "weights": sum(weights.values()),
+        "zeros": zeros,
+        "sparsity": zeros / sum(weights.values()),
+        "layer_error_geomean": _geomean([site.layer_error for site in sites]),
+        "error_ratio_geomean": _geomean(
+            [site.error_ratio for site in sites if site.error_ratio is not None]
+        ),
+    }
+
+
+def _geomean(values: Sequence[float]) -> float | None:
+    """Geometric mean; None for no values, 0 where one is 0."""
+    if not values:
+        return None
+    return math.exp(math.fsum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render(report: PruneReport) -> list[RenderableType]:
+    """Return the report for a terminal: the sites, what was declined, and the summary."""
+    from rich.table import Table
+
+    compared = report.options["compare"]
+    sites = Table(title=f"{report.totals['sites']} sites pruned to {report.options['sparsity']}")
+    sites.add_column("site", overflow="fold")
+    sites.add_column("operator")
+    for heading in ("out × in", "zeros", "layer error", *([f"÷ {compared}"] if compared else [])):
+        sites.add_column(heading, justify="right")
+    sites.add_column("2:4 usable", justify="center")
+    sites.add_column("s", justify="right")
+    for site in report.sites:
+        ratio = "–" if site.error_ratio is None else f"{site.error_ratio:.3f}"
+        sites.add_row(
+            site.name,
+            site.op_type,
+            f"{site.out_features * site.groups} × {site.in_features}",
+            f"{site.sparsity:.1%}",
+            f"{site.layer_error:.4f}",
+            *([ratio] if compared else []),
+            "yes" if site.eligible_2_4 else "no",
+            f"{site.seconds:.2f}",
+        )
+    parts: list[RenderableType] = [sites]
+    if report.declined:
+        parts.append(declined_table(report.declined))
+    return [*parts, *_summary(report)]
+
+
+def declined_table(declined: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return a table of declined candidates and why."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(declined)} candidates left as they were")
+    for heading in ("weight", "operator", "shape", "reason"):
+        table.add_column(heading, overflow="fold")
+    for item in declined:
+        shape = " × ".join(map(str, item["shape"]))
+        table.add_row(item["name"], item["op_type"], shape, item["reason"])
+    return table
+
+
+def _summary(report: PruneReport) -> list[RenderableType]:
+    totals, calibration = report.totals, report.calibration
+    lines = [
+        f"{totals['zeros']:,} of {totals['weights']:,} weights are zero "
+        f"({totals['sparsity']:.1%}); geometric mean of layer errors "
+        f"{totals['layer_error_geomean']:.4g}"
+    ]
+    if totals["error_ratio_geomean"] is not None:
+        lines.append(
+            f"layer error {totals['error_ratio_geomean']:.3f} × that of "
+            f"{report.options['compare']} (geometric mean)"
+        )
+    lines.append(
+        f"calibrated on {calibration.samples} samples, {calibration.held_out_samples} held out"
+        + ("; padding excluded" if calibration.padding_excluded else "")
+    )
+    if calibration.padding_kept:
+        lines.append(f"padding counts in {', '.join(calibration.padding_kept)}")
+    lines += calibration.notes
+    for output in report.verification:
+        lines.append(
+            f"output {output.name}: relative error {output.relative_error:.4f}, cosine "
+            f"{output.cosine:.4f} against the dense model on held-out samples"
+        )
+    if not report.verification:
+        lines.append("outputs were not compared: the data leave no sample to hold out")
+    lines.append(
+        "ONNX Runtime's CPU kernels do not use weight sparsity: expect speed from 2:4 on NVIDIA "
+        "GPUs through TensorRT or cuSPARSELt"
+    )
+    seconds = report.seconds
+    lines.append(
+        f"{seconds['total']:.1f} s: calibration {seconds['calibrate']:.1f}, solving "
+        f"{seconds['solve']:.1f}"
+    )
+    return list(lines)

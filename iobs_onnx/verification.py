@@ -1,0 +1,170 @@
+"""Hold a sparse model to what it claims: its pattern, finite outputs, nearness to the dense one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from iobs_onnx.errors import OptionError
+from iobs_onnx.inspection import describe_declined
+from iobs_onnx.passes import (
+    achieved_sparsity,
+    check_model,
+    check_pattern,
+    eligibility_2_4,
+    find_sites,
+    load_model,
+    stored_slots,
+)
+from iobs_onnx.select import select
+from iobs_onnx.site import Declined
+from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
+
+Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+
+
+@dataclass(frozen=True)
+class VerifiedSite:
+    """One weight of the model under test.
+
+    Attributes:
+        sparsity: fraction of zeros.
+        holds_2_4: whether 2:4 holds along the deployment axis; None where it cannot.
+        violations: groups (N:M) or weights (unstructured) beyond the claimed pattern; None
+            where no pattern is claimed.
+        finite: whether all its values are finite.
+    """
+
+    name: str
+    initializer: str
+    shape: list[int]
+    sparsity: float
+    holds_2_4: bool | None
+    violations: int | None
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of :func:`verify`.
+
+    Attributes:
+        pattern: what was claimed, None if nothing was.
+        sites: the weights that were looked at.
+        declined: candidates that were not, and why.
+        outputs: for each float output, how near the sparse model is to the dense one; with data
+            but no dense model, relative error and cosine are None; empty without data.
+        failures: one line for each thing that does not hold.
+    """
+
+    pattern: str | None
+    sites: list[VerifiedSite]
+    declined: list[Declined]
+    outputs: list[dict[str, Any]]
+    failures: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything claimed holds."""
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {
+            "ok": self.ok,
+            "pattern": self.pattern,
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+            "declined": [describe_declined(item) for item in self.declined],
+            "outputs": self.outputs,
+            "failures": self.failures,
+        }
+
+
+def verify(
+    sparse: Model,
+    *,
+    sparsity: str | float | Pattern | None = None,
+    dense: Model | None = None,
+    data: Any = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    provider: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Verification:
+    """Check a sparse model.
+
+    Args:
+        sparse: the model under test.
+        sparsity: the pattern that every site which can carry it must hold; without one, the
+            sparsity found is only reported.
+        dense: the model it was made from; its outputs are compared, which needs `data`.
+        data: feeds, in any form that :func:`iobs_onnx.prune` takes; all are run.
+        include, exclude: globs on site names that narrow the claim.
+        provider: where ONNX Runtime runs the models.
+
+    Raises:
+        InputError: a model, the data or an option is at fault.
+        CheckError: onnx.checker refuses the model.
+    """
+    if dense is not None and data is None:
+        raise OptionError("dense: comparing outputs needs data; give feeds to run both models on")
+    pattern = None if sparsity is None else parse_sparsity(sparsity)
+    model = load_model(sparse)
+    check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
+    # 1:1 fits every site: without a claim all are looked at.
+    chosen = select(find_sites(model), pattern or NM(1, 1), include, exclude)
+    claims = {} if pattern is None else {site.name: pattern for site in chosen.sites}
+    broken = {item.site: item for item in check_pattern(model, chosen.sites, claims)}
+    can_2_4 = [site for site in chosen.sites if eligibility_2_4(site)[0]]
+    not_2_4 = {
+        item.site for item in check_pattern(model, can_2_4, {s.name: NM(2, 4) for s in can_2_4})
+    }
+    stored = stored_slots(model)
+    sites = []
+    for site in chosen.sites:
+        array = stored[site.initializer].tensor.numpy()
+        sites.append(
+            VerifiedSite(
+                site.name,
+                site.initializer,
+                list(site.shape),
+                achieved_sparsity(array),
+                site.name not in not_2_4 if site in can_2_4 else None,
+                None if pattern is None else broken[site.name].count if site.name in broken else 0,
+                bool(np.isfinite(array.astype(np.float32)).all()),
+            )
+        )
+    failures = [item.text for item in broken.values()]
+    failures += [
+        f"{site.name}: weight {site.initializer!r} holds NaN or Inf"
+        for site in sites
+        if not site.finite
+    ]
+    if pattern is not None and not sites:
+        failures.append(f"no weight of the model can carry {pattern}")
+    outputs = [] if data is None else _outputs(dense, model, data, provider)
+    failures += [f"output {out['name']!r} is not finite" for out in outputs if not out["finite"]]
+    return Verification(
+        None if pattern is None else str(pattern), sites, list(chosen.declined), outputs, failures
+    )
+
+
+def _outputs(
+    dense: Model | None, sparse: ir.Model, data: Any, provider: Literal["auto", "cpu", "cuda"]
+) -> list[dict[str, Any]]:
+    from iobs_onnx.runtime import compare, input_specs, open_data, open_session, run_finite
+
+    feeds = open_data(data, input_specs(open_session(sparse, provider)), holdout=0).calibration
+    if dense is None:
+        finite = run_finite(sparse, feeds, provider)
+        return [
+            {"name": name, "relative_error": None, "cosine": None, "finite": ok}
+            for name, ok in finite.items()
+        ]
+    return [dataclasses.asdict(o) for o in compare(load_model(dense), sparse, feeds, provider)]

@@ -1,0 +1,90 @@
+"""What must stay true of the package as a whole."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import iobs_onnx
+from iobs_onnx.config import SOLVER_NAMES
+from iobs_onnx.solvers import SOLVERS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"iobs_onnx": "iobs_onnx", "passes": "iobs_onnx.passes", "runtime": "iobs_onnx.runtime"}
+# Who may import whom: everything here, and nothing further up.
+BASE = ("errors", "sparsity", "site", "hessian")
+FORBIDDEN = {
+    "iobs_onnx.passes": ("runtime", "solvers", "pipeline", "cli", "hessian", "layer", "config"),
+    "iobs_onnx.runtime": ("passes", "solvers", "pipeline", "cli", "layer", "config"),
+    "iobs_onnx.solvers": ("passes", "runtime", "pipeline", "cli", "layer", "config"),
+    "iobs_onnx.recovery": ("passes", "runtime", "pipeline", "cli", "layer", "config", "solvers"),
+}
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(iobs_onnx.__all__) == [
+        "Inspection",
+        "NM",
+        "PruneReport",
+        "PruneResult",
+        "Solution",
+        "Unstructured",
+        "Verification",
+        "inspect",
+        "prune",
+        "solve_layer",
+        "verify",
+    ]
+    for name in iobs_onnx.__all__:
+        assert getattr(iobs_onnx, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        iobs_onnx.missing  # noqa: B018
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for folder, package in PACKAGES.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            found.append((".".join((package, *parts)).removesuffix(".__init__"), file))
+    return sorted(found)
+
+
+def test_every_package_is_listed_in_pyproject() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    on_disk = {name for name, file in modules() if file.name == "__init__.py"}
+    assert set(settings["packages"]) == on_disk
+
+
+@pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])
+def test_imports_point_down(name: str, file: Path) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            imported.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+    assert "iobs_onnx" not in imported, "nothing imports from the root"
+    for package, above in FORBIDDEN.items():
+        if name == package or name.startswith(package + "."):
+            for module in above:
+                full = f"iobs_onnx.{module}"
+                assert not any(i == full or i.startswith(full + ".") for i in imported)
+    if name in {f"iobs_onnx.{module}" for module in BASE}:
+        inside = {i for i in imported if i.startswith("iobs_onnx.")}
+        assert inside <= {f"iobs_onnx.{module}" for module in BASE}
+
+
+def test_solver_names_in_the_options_are_those_of_the_registry() -> None:
+    assert set(SOLVER_NAMES) == set(SOLVERS)
+
+
+def test_no_path_of_a_machine_is_named() -> None:
+    for folder in ("iobs_onnx", "passes", "runtime", "examples", "benchmarks", "docs"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in {".py", ".md", ".toml"}:
+                assert "/" + "work/" not in file.read_text(), file
