@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Threads of torch that wait without spinning: see iobs_onnx/cli.py.
+export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint types bench clean
@@ -39,7 +41,7 @@ types: $(INSTALLED)  ## mypy, on an installed copy so that it sees the mapped pa
 
 bench: $(INSTALLED)  ## speed and quality against the peers; minutes
 	$(BIN)/python benchmarks/calibration.py
-	$(BIN)/python benchmarks/layer_error.py
+	$(BIN)/python benchmarks/solvers.py
 
 clean:  ## remove what the other targets made
 	rm -rf build dist .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
