@@ -40,7 +40,9 @@ types: $(INSTALLED)  ## mypy, on an installed copy so that it sees the mapped pa
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p iobs_onnx
 
 bench: $(INSTALLED)  ## speed and quality against the peers; minutes
-	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/calibration.py --model build/models/all-MiniLM-L6-v2.onnx \
+		--calibration build/layers/feeds
 	$(BIN)/python benchmarks/solvers.py
 
 clean:  ## remove what the other targets made

@@ -20,11 +20,13 @@ import layers as storage
 from rich.console import Console
 from rich.table import Table
 
-from iobs_onnx.layer import make_solver, solve_stacked
-from iobs_onnx.solvers import SOLVERS
+from iobs_onnx.layer import solve_stacked
+from iobs_onnx.solvers import PRESETS, SOLVERS, make_solver
 from iobs_onnx.sparsity import Pattern, parse_sparsity
 
 DAMPING = 0.01
+# A preset is written behind a colon.
+NAMES = [*(name for name in SOLVERS if name != "iobs"), *(f"iobs:{name}" for name in PRESETS)]
 
 
 def solve_all(
@@ -38,7 +40,7 @@ def solve_all(
             layer.weights,
             layer.hessian,
             pattern=pattern,
-            solver=make_solver(solver),
+            solver=make_solver(*solver.split(":")),
             damping=DAMPING,
         )
         errors += [solution.layer_error for solution in solutions]
@@ -81,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layers", nargs="*", type=Path, metavar="LAYERS")
     parser.add_argument("--patterns", nargs="+", default=["2:4", "0.7"])
-    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
+    parser.add_argument("--solvers", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

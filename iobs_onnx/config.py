@@ -14,7 +14,10 @@ from iobs_onnx.errors import OptionError
 from iobs_onnx.sparsity import Pattern, parse_sparsity
 
 # `solvers` holds the classes; their names stand here so that `--help` need not import torch.
-SOLVER_NAMES = ("iobs", "sparsegpt", "wanda", "magnitude")
+SOLVER_NAMES = (
+    *("iobs", "sparsegpt", "alps", "wanda", "magnitude"),
+    *("obd", "ebd", "obs", "lobs", "cbs"),
+)
 
 
 def _option(default: Any, text: str, **how: Any) -> Any:
@@ -38,6 +41,11 @@ class PruneConfig:
         }
     )
     solver: str = _option("iobs", "how each layer is solved", choices=SOLVER_NAMES)
+    preset: Literal["fast", "balanced", "best"] | None = _option(
+        None,
+        "how long iobs searches (default: balanced)",
+        choices=("fast", "balanced", "best"),
+    )
     samples: int | None = _option(
         None,
         "calibrate on this many samples: rows of an .npz, else feeds (default: all but those "
@@ -80,8 +88,10 @@ class PruneConfig:
             value = getattr(self, name)
             globs = (value,) if isinstance(value, str) else tuple(value or ())
             object.__setattr__(self, name, globs)
-        for name in ("solver", "compare", "provider", "device"):
+        for name in ("solver", "preset", "compare", "provider", "device"):
             self._require_choice(name)
+        if self.preset is not None and self.solver != "iobs":
+            raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")
         for name in ("samples", "batch_size", "seed"):
             self._require_integer(name, least=0 if name == "seed" else 1)
         number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
@@ -93,7 +103,8 @@ class PruneConfig:
     def _require_choice(self, name: str) -> None:
         options = next(f for f in dataclasses.fields(self) if f.name == name)
         value, choices = getattr(self, name), options.metadata["how"]["choices"]
-        if value not in choices and not (name == "compare" and value is None):
+        optional = options.default is None
+        if value not in choices and not (optional and value is None):
             raise OptionError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
 
     def _require_integer(self, name: str, least: int) -> None:

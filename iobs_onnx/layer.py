@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, OptionError, SolverError
-from iobs_onnx.solvers import SOLVERS, Problem, Solver
+from iobs_onnx.solvers import Problem, Solver, make_solver
 from iobs_onnx.sparsity import Pattern, parse_sparsity
 
 Array = TypeVar("Array", torch.Tensor, NDArray[np.generic])
@@ -37,6 +38,15 @@ class Solution(Generic[Array]):
     def layer_error(self) -> float:
         """`tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)`; 0 where the denominator is 0."""
         return self.excess / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def output_bound(self) -> float:
+        """`√excess`: root mean square change of the layer's output vector.
+
+        It bounds the change after any 1-Lipschitz activation (Dong, Chen, Pan: "Learning to Prune
+        Deep Neural Networks via Layer-wise Optimal Brain Surgeon", NIPS 2017, theorem 3.1).
+        """
+        return math.sqrt(self.excess)
 
 
 def solve_layer(
@@ -139,19 +149,6 @@ def solve_stacked(
 def _quadratic(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Return `x H xᵀ` for each row `x`, float64; rounding below 0 is cut off."""
     return ((rows @ hessian) * rows).sum(1, dtype=torch.float64).clamp_min(0)
-
-
-def make_solver(solver: str | Solver) -> Solver:
-    """Return the solver of that name with its defaults, or the instance itself.
-
-    Raises:
-        OptionError: no solver has that name.
-    """
-    if not isinstance(solver, str):
-        return solver
-    if solver not in SOLVERS:
-        raise OptionError(f"solver {solver!r} is unknown: choose from {', '.join(SOLVERS)}")
-    return SOLVERS[solver]()
 
 
 def _check(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor | None) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.errors import CheckError, DependencyError, IobsError, ModelError
 from iobs_onnx.hessian import Hessian, combine, dead_inputs
-from iobs_onnx.layer import Solution, make_solver, solve_stacked
+from iobs_onnx.layer import Solution, solve_stacked
 from iobs_onnx.passes import (
     check_model,
     check_pattern,
@@ -45,6 +45,7 @@ from iobs_onnx.runtime import (
 )
 from iobs_onnx.select import select
 from iobs_onnx.site import Candidates, Site, Tap
+from iobs_onnx.solvers import make_solver
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -232,14 +233,16 @@ def _solve_together(
     stored = {site: _stored(dense, site) for site in sites}
     weights = [torch.from_numpy(site.to_matrices(stored[site])).to(device) for site in sites]
 
-    def solve(solver: str) -> tuple[list[list[Solution[torch.Tensor]]], float]:
+    def solve(
+        solver: str, preset: str | None = None
+    ) -> tuple[list[list[Solution[torch.Tensor]]], float]:
         started = time.perf_counter()
         by_group = [
             solve_stacked(
                 [weight[group] for weight in weights],
                 matrix,
                 pattern=config.sparsity,
-                solver=make_solver(solver),
+                solver=make_solver(solver, preset),
                 damping=config.damping,
             )
             for group, matrix in enumerate(hessian.matrix)
@@ -248,7 +251,7 @@ def _solve_together(
             time.perf_counter() - started
         )
 
-    solutions, seconds = solve(config.solver)
+    solutions, seconds = solve(config.solver, config.preset)
     baseline = solve(config.compare)[0] if config.compare else [None] * len(sites)
     outputs = sum(site.out_features for site in sites)
     result = {}

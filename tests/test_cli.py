@@ -232,3 +232,10 @@ def test_help_names_every_option(capsys) -> None:
         *("--seed", "--config", "--quiet", "--no-mask-padding", "--compare", "--debug"),
     ):
         assert flag in shown
+
+
+def test_preset_belongs_to_iobs(toy: Path, capsys) -> None:
+    assert prune(toy, "--preset", "fast", "--report-dir", str(toy)) == 0
+    assert json.loads((toy / "report.json").read_text())["options"]["preset"] == "fast"
+    assert prune(toy, "--preset", "fast", "--solver", "wanda") == 2
+    assert "belongs to solver iobs" in capsys.readouterr().err

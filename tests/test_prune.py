@@ -96,6 +96,20 @@ def test_iobs_beats_sparsegpt_on_every_site(sparse_minilm: PruneResult) -> None:
     assert sparse_minilm.report.totals["error_ratio_geomean"] < 0.6
 
 
+def test_longer_presets_find_better_supports(minilm_model: Path, minilm_feeds: list[Feed]) -> None:
+    errors = [
+        iobs_onnx.prune(
+            minilm_model,
+            calibration=minilm_feeds,
+            sparsity="2:4",
+            preset=preset,
+            include=["*layer.0.attention.output*"],
+        ).report.totals["layer_error_geomean"]
+        for preset in ("best", "balanced", "fast")
+    ]
+    assert errors == sorted(errors)
+
+
 def test_nothing_else_in_the_file_changed(sparse_minilm: PruneResult, minilm_model: Path) -> None:
     pruned = {site.initializer for site in sparse_minilm.report.sites}
     before, after = onnx.load(minilm_model), onnx.load(sparse_minilm.output)

@@ -16,12 +16,19 @@ Differences from ALPS:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from iobs_onnx.solvers.problem import Problem, Sparse, inverse
 from iobs_onnx.solvers.refit import refit
+from iobs_onnx.sparsity import NM
+
+# Outputs that are worked on at once where they are independent: what fits a CPU's caches.
+_OUTPUTS = 512
+# Standard deviation of the factor that shakes an iterate before the search is taken up again.
+_SHAKE = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,66 +41,142 @@ class IOBS:
         saliency: share of `([H⁻¹]_jj)^(-1/2)` in the scaling; the rest is `√H_jj`.
         settled: the search ends when at most this fraction of the mask changed.
         iterations: the search ends then in any case.
+        restarts: how often the search is taken up again at `reheat` from the best point, shaken;
+            of N:M every output keeps its best support, of unstructured patterns every site.
+        reheat: ρ at a restart.
         tolerance: relative gradient on the support at which the refit ends.
+        refit_iterations: the refit ends then in any case.
     """
 
-    rho: float = 0.1
-    growth: float = 1.04
+    rho: float = 0.13
+    growth: float = 1.03
     saliency: float = 0.75
-    settled: float = 1e-3
+    settled: float = 2e-3
     iterations: int = 1000
+    restarts: int = 0
+    reheat: float = 0.25
     tolerance: float = 1e-4
+    refit_iterations: int = 200
 
     def solve(self, problem: Problem) -> Sparse:
         """Return a weight that is optimal on its support, to `tolerance`."""
         scale = self._scale(problem)
-        # Inputs first in memory: the projection's groups are then whole contiguous rows.
-        weight = (problem.weight * scale).T.contiguous()
         hessian = problem.damped / (scale * scale[:, None])
-        point, mask = self._search(problem, weight, hessian)
-        dense = problem.weight.T.contiguous()
-        refitted = refit(
-            dense, mask, point / scale[:, None], problem.damped, tolerance=self.tolerance
-        )
-        return Sparse(refitted.T.contiguous(), mask.T.contiguous())
+        parts = _split(problem, scale[:, None])
+        rho = self._search(problem, parts, hessian, self.rho)
+        self._refit(problem, parts)
+        noise = torch.Generator(problem.weight.device).manual_seed(0)
+        for _ in range(self.restarts):
+            for part in parts:
+                part.reheat(problem, rho / self.reheat, noise)
+            self._search(problem, parts, hessian, self.reheat)
+            self._refit(problem, parts)
+        weight = torch.cat([part.best.T for part in parts])
+        return Sparse(weight, torch.cat([part.best_mask.T for part in parts]))
 
     def _scale(self, problem: Problem) -> torch.Tensor:
         diagonal = problem.damped.diagonal()
         scale = diagonal.pow((1.0 - self.saliency) / 2)
-        scale = scale * problem.inverse.diagonal().pow(-self.saliency / 2)
+        if self.saliency:
+            scale = scale * problem.inverse.diagonal().pow(-self.saliency / 2)
         return scale * (diagonal / scale.square()).mean().sqrt()
 
     def _search(
-        self, problem: Problem, weight: torch.Tensor, hessian: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last iterate and its mask, `(in, out)`, in the scaled space.
-
-        The iterate `T = X + V/ρ` is all the state there is: `D` is its kept part and `V/ρ` its
-        removed part. With `A = ρ (H + ρI)⁻¹` the proximal Newton step is
-        `X = W + A (D − V/ρ − W)`.
-        """
-        inputs, outputs = weight.shape
+        self, problem: Problem, parts: Sequence[_Part], hessian: torch.Tensor, rho: float
+    ) -> float:
+        """Move every part's iterate until the masks have settled; return the last ρ."""
+        inputs, outputs = problem.weight.T.shape
         # An inverse costs about as much as 1.5·in/out steps.
         hold = max(2, min(8, round(1.5 * inputs / outputs)))
-        rho, growth = self.rho, 1.0
-        iterate = weight.clone()
-        mask = problem.project(iterate.abs().T).T
-        allowed = self.settled * mask.numel()
+        allowed = self.settled * problem.weight.numel()
+        growth = 1.0
         for count in range(self.iterations):
             if count % hold == 0:
                 rho *= growth
                 resolvent = _resolvent(hessian, rho)
             else:
                 growth = 1.0
-            kept = iterate * mask
-            # Growing ρ shrinks V/ρ, the removed part, by the same factor.
-            base = torch.add(weight, iterate.sub_(kept), alpha=1.0 / growth)
-            iterate = base.addmm(resolvent, kept.sub_(base))
+            changed = sum(part.step(problem, resolvent, growth) for part in parts)
             growth = self.growth**hold
-            previous, mask = mask, problem.project(iterate.abs().T).T
-            if int((mask != previous).sum()) <= allowed:
+            if changed <= allowed:
                 break
-        return iterate, mask
+        return rho
+
+    def _refit(self, problem: Problem, parts: Sequence[_Part]) -> None:
+        """Find each part's optimal weights on its mask; keep what is better than before."""
+        for part in parts:
+            refitted = refit(
+                part.dense,
+                part.mask,
+                part.iterate / part.scale,
+                problem.damped,
+                tolerance=self.tolerance,
+                iterations=self.refit_iterations,
+            )
+            if self.restarts:
+                part.keep_better(problem, refitted)
+            else:
+                part.best, part.best_mask = refitted, part.mask
+
+
+class _Part:
+    """Some outputs, all of them unless they are independent. Tensors are `(in, out)`.
+
+    Inputs come first in memory, so that the projection's groups are whole contiguous rows.
+    The iterate `T = X + V/ρ` is all the state the search has: `D` is its kept part and `V/ρ` its
+    removed part.
+    """
+
+    def __init__(self, problem: Problem, dense: torch.Tensor, scale: torch.Tensor) -> None:
+        self.dense = dense
+        self.scale = scale
+        self.weight = dense * scale
+        self.iterate = self.weight.clone()
+        self.mask = self._project(problem)
+        self.best = dense
+        self.best_mask = self.mask
+        self._best_iterate = self.iterate
+        self._error = torch.full((dense.shape[1],), torch.inf, device=dense.device)
+
+    def _project(self, problem: Problem) -> torch.Tensor:
+        return problem.project(self.iterate.abs().T).T
+
+    def step(self, problem: Problem, resolvent: torch.Tensor, growth: float) -> int:
+        """Take one proximal Newton step and projection; return how much of the mask changed.
+
+        With `A = ρ (H + ρI)⁻¹` the step is `X = W + A (D − V/ρ − W)`; growing ρ shrinks `V/ρ`.
+        """
+        kept = self.iterate * self.mask
+        base = torch.add(self.weight, self.iterate.sub_(kept), alpha=1.0 / growth)
+        self.iterate = base.addmm(resolvent, kept.sub_(base))
+        previous, self.mask = self.mask, self._project(problem)
+        return int((self.mask != previous).sum())
+
+    def reheat(self, problem: Problem, cooling: float, noise: torch.Generator) -> None:
+        """Go back to the best point, with `V/ρ` for a ρ that is `cooling` times smaller, shaken."""
+        shape, device = self.dense.shape, self.dense.device
+        shake = torch.randn(shape, generator=noise, device=device).mul_(_SHAKE).add_(1.0)
+        iterate = self._best_iterate.where(self.best_mask, self._best_iterate * cooling)
+        self.iterate = iterate * shake
+        self.mask = self._project(problem)
+
+    def keep_better(self, problem: Problem, refitted: torch.Tensor) -> None:
+        """Remember the outputs, or whole sites, whose error is the lowest so far."""
+        delta = refitted - self.dense
+        error = ((problem.damped @ delta) * delta).sum(0)
+        if not isinstance(problem.pattern, NM):  # the budget is a whole site's
+            sums = [block.sum().expand(len(block)) for block in error.split(problem.blocks)]
+            error = torch.cat(sums)
+        better = error < self._error
+        self._error = error.where(better, self._error)
+        self.best = refitted.where(better, self.best)
+        self.best_mask = self.mask.where(better, self.best_mask)
+        self._best_iterate = self.iterate.where(better, self._best_iterate)
+
+
+def _split(problem: Problem, scale: torch.Tensor) -> list[_Part]:
+    width = _OUTPUTS if isinstance(problem.pattern, NM) else len(problem.weight)
+    return [_Part(problem, rows.T.contiguous(), scale) for rows in problem.weight.split(width)]
 
 
 def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
@@ -101,3 +184,10 @@ def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
     shifted = hessian / rho
     shifted.diagonal().add_(1.0)
     return inverse(shifted, f"H/ρ + I with ρ = {rho:.3g}")
+
+
+PRESETS = {
+    "fast": IOBS(rho=0.5, growth=1.0, iterations=3, refit_iterations=3),
+    "balanced": IOBS(),
+    "best": IOBS(rho=0.1, growth=1.02, settled=3e-4, restarts=4),
+}

@@ -53,6 +53,21 @@ class Problem:
         return damped
 
     @cached_property
+    def curvature(self) -> torch.Tensor:
+        """Diagonal of `H + λI`, `(in,)`, for solvers that divide by it.
+
+        Raises:
+            SolverError: where it is not positive.
+        """
+        diagonal = self.damped.diagonal()
+        if not bool((diagonal > 0).all()):
+            raise SolverError(
+                f"H + λI with λ = {self.damping:.3g} has no curvature for input "
+                f"{int(diagonal.argmin())}: raise the damping or calibrate on more samples"
+            )
+        return diagonal
+
+    @cached_property
     def inverse(self) -> torch.Tensor:
         """`(H + λI)⁻¹`.
 
