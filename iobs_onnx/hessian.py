@@ -46,14 +46,6 @@ def combine(hessians: Sequence[Hessian]) -> Hessian:
     return Hessian(matrix, rows)
 
 
-def damped(matrix: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Return `H + λI` with `λ = fraction · mean(diag H)`, for each `H` of `(..., in, in)`."""
-    result = matrix.clone()
-    diagonal = result.diagonal(dim1=-2, dim2=-1)
-    diagonal += fraction * diagonal.mean(-1, keepdim=True)
-    return result
-
-
 def dead_inputs(matrix: torch.Tensor) -> torch.Tensor:
     """Return the mask `(..., in)` of inputs that were zero in every row: `diag(H) == 0`."""
     return matrix.diagonal(dim1=-2, dim2=-1) == 0

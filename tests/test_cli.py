@@ -14,8 +14,6 @@ import pytest
 
 from iobs_onnx.cli import main
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:

@@ -7,7 +7,6 @@ from iobs_onnx.hessian import (
     GramAccumulator,
     Hessian,
     combine,
-    damped,
     dead_inputs,
     exact_float32,
 )
@@ -127,14 +126,6 @@ def test_combine_weighs_by_rows():
     assert both.rows == 60
     assert relative(both.matrix[0].numpy(), reference(rows)) < 1e-6
     assert combine(hessians[:1]) is hessians[0]
-
-
-def test_damped_adds_a_fraction_of_the_mean_diagonal_of_each_group():
-    matrix = torch.stack([torch.diag(torch.tensor([1.0, 3.0])), torch.ones(2, 2)])
-    before = matrix.clone()
-    expected = torch.tensor([[[1.2, 0.0], [0.0, 3.2]], [[1.1, 1.0], [1.0, 1.1]]])
-    torch.testing.assert_close(damped(matrix, 0.1), expected)
-    assert torch.equal(matrix, before)
 
 
 def test_dead_inputs():
