@@ -178,7 +178,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     from iobs_onnx.report import declined_table
 
-    labels = {tap: str(i) for i, tap in enumerate(found.tap_labels(), start=1)}
+    taps = dict.fromkeys(tap for site in found.sites for tap in site.taps)
+    labels = {tap: str(i) for i, tap in enumerate(taps, start=1)}
     table = Table(title=f"{len(found.sites)} sites, {len(labels)} taps")
     for heading in ("site", "operator", "shape", "axis", "out × in", "tap", "2:4"):
         table.add_column(heading, overflow="fold")

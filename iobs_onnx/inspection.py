@@ -22,18 +22,10 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON types: `sites` and `declined`, each a list of objects."""
-        shared = self.tap_labels()
         return {
-            "sites": [
-                {**describe(site), "taps": [shared[tap] for tap in site.taps]}
-                for site in self.sites
-            ],
+            "sites": [describe(site) for site in self.sites],
             "declined": [describe_declined(item) for item in self.declined],
         }
-
-    def tap_labels(self) -> dict[Tap, str]:
-        """Return a label for every tap: its activation, and the patch form of a convolution."""
-        return {tap: tap_label(tap) for site in self.sites for tap in site.taps}
 
 
 def inspect(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Inspection:

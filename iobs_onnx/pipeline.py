@@ -20,12 +20,14 @@ from iobs_onnx.errors import CheckError, DependencyError, IobsError, ModelError
 from iobs_onnx.hessian import Hessian, combine, dead_inputs
 from iobs_onnx.layer import Solution, solve_stacked
 from iobs_onnx.passes import (
+    Slot,
     check_model,
     check_pattern,
     find_sites,
     instrument,
     load_model,
     model_hash,
+    require_output,
     rewrite,
     save_model,
     stored_slots,
@@ -110,6 +112,8 @@ def prune(
     device = _device(config)
 
     dense = load_model(model)
+    if output is not None:
+        require_output(dense, output)
     chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
     _require_sites(chosen)
     data, measured, runtime = _calibrate(dense, chosen.sites, calibration, config, device, progress)
@@ -210,12 +214,14 @@ def _solve(
     together: dict[tuple[Tap, ...], list[Site]] = defaultdict(list)
     for site in sites:
         together[site.taps].append(site)
+    slots = stored_slots(dense)
     solved: dict[Site, _Solved] = {}
     with progress.stage("solve", len(sites)) as advance:
         for taps, members in together.items():
             hessian = combine([hessians[tap] for tap in taps])
             try:
-                solved |= _solve_together(dense, members, hessian, config, device)
+                weights = {site: _stored(slots, site) for site in members}
+                solved |= _solve_together(weights, hessian, config, device)
             except IobsError as error:
                 raise type(error)(f"site {members[0].name!r}: {error}") from error
             for _ in members:
@@ -224,14 +230,14 @@ def _solve(
 
 
 def _solve_together(
-    dense: ir.Model,
-    sites: Sequence[Site],
+    stored: Mapping[Site, NDArray[np.generic]],
     hessian: Hessian,
     config: PruneConfig,
     device: torch.device,
 ) -> dict[Site, _Solved]:
-    stored = {site: _stored(dense, site) for site in sites}
-    weights = [torch.from_numpy(site.to_matrices(stored[site])).to(device) for site in sites]
+    weights = [
+        torch.from_numpy(site.to_matrices(array)).to(device) for site, array in stored.items()
+    ]
 
     def solve(
         solver: str, preset: str | None = None
@@ -252,10 +258,10 @@ def _solve_together(
         )
 
     solutions, seconds = solve(config.solver, config.preset)
-    baseline = solve(config.compare)[0] if config.compare else [None] * len(sites)
-    outputs = sum(site.out_features for site in sites)
+    baseline = solve(config.compare)[0] if config.compare else [None] * len(stored)
+    outputs = sum(site.out_features for site in stored)
     result = {}
-    for site, groups, other in zip(sites, solutions, baseline, strict=True):
+    for site, groups, other in zip(stored, solutions, baseline, strict=True):
         sparse = torch.stack([solution.weight for solution in groups]).cpu().numpy()
         tensor = site.to_stored(sparse, stored[site].dtype)
         report = SiteReport.of(
@@ -272,8 +278,8 @@ def _solve_together(
     return result
 
 
-def _stored(model: ir.Model, site: Site) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = stored_slots(model)[site.initializer].tensor.numpy()
+def _stored(slots: Mapping[str, Slot], site: Site) -> NDArray[np.generic]:
+    array: NDArray[np.generic] = slots[site.initializer].tensor.numpy()
     if not np.isfinite(array.astype(np.float32)).all():
         raise ModelError(f"weight {site.initializer!r} holds NaN or Inf")
     return array

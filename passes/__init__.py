@@ -2,13 +2,14 @@
 
 from iobs_onnx.passes.check import Violation, achieved_sparsity, check_model, check_pattern
 from iobs_onnx.passes.deploy import eligibility_2_4
-from iobs_onnx.passes.files import load_model, model_hash, save_model
+from iobs_onnx.passes.files import load_model, model_hash, require_output, save_model
 from iobs_onnx.passes.find_sites import find_sites
 from iobs_onnx.passes.instrument import instrument
 from iobs_onnx.passes.rewrite import rewrite
-from iobs_onnx.passes.tensors import stored_slots
+from iobs_onnx.passes.tensors import Slot, stored_slots
 
 __all__ = [
+    "Slot",
     "Violation",
     "achieved_sparsity",
     "check_model",
@@ -18,6 +19,7 @@ __all__ = [
     "instrument",
     "load_model",
     "model_hash",
+    "require_output",
     "rewrite",
     "save_model",
     "stored_slots",

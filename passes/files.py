@@ -78,15 +78,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
         OptionError: the folder does not exist or cannot be written, or the output would
             overwrite a file that the model was loaded from.
     """
-    target = Path(path).absolute()
-    data = target.with_name(f"{target.name}.data")
-    if not target.parent.is_dir():
-        raise OptionError(f"output {path}: folder {target.parent} does not exist; create it")
-    inline_bytes = sum(slot.tensor.nbytes for slot in slots(model))
-    external = (
-        _origin(model).external or bool(_external_tensors(model)) or inline_bytes > MAX_INLINE_BYTES
-    )
-    _forbid_overwriting(model, [target, data] if external else [target])
+    target, data, external = _output_files(model, path)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             beside, data_beside = Path(folder, target.name), Path(folder, data.name)
@@ -99,6 +91,16 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
             os.replace(beside, target)
     except OSError as error:
         raise OptionError(f"output {path}: cannot be written ({error.strerror})") from error
+
+
+def require_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Raise what :func:`save_model` would, before hours are spent on what cannot be written.
+
+    Raises:
+        OptionError: the folder does not exist, or the output would overwrite a file that the
+            model was loaded from.
+    """
+    _output_files(model, path)
 
 
 def model_hash(path: str | os.PathLike[str]) -> str:
@@ -186,6 +188,20 @@ def _require_data(tensor: ir.ExternalTensor, label: str) -> None:
             f"{what} is too short: bytes {start} to {start + tensor.nbytes} are needed, it has "
             f"{status.st_size}; download or export it again"
         )
+
+
+def _output_files(model: ir.Model, path: str | os.PathLike[str]) -> tuple[Path, Path, bool]:
+    """Return the model's file, its data file, and whether the latter is wanted."""
+    target = Path(path).absolute()
+    data = target.with_name(f"{target.name}.data")
+    if not target.parent.is_dir():
+        raise OptionError(f"output {path}: folder {target.parent} does not exist; create it")
+    inline_bytes = sum(slot.tensor.nbytes for slot in slots(model))
+    external = (
+        _origin(model).external or bool(_external_tensors(model)) or inline_bytes > MAX_INLINE_BYTES
+    )
+    _forbid_overwriting(model, [target, data] if external else [target])
+    return target, data, external
 
 
 def _forbid_overwriting(model: ir.Model, outputs: list[Path]) -> None:

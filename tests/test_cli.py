@@ -137,6 +137,11 @@ def test_missing_required_option_names_it(toy: Path, capsys) -> None:
     assert "--calibration is missing" in capsys.readouterr().err
 
 
+def test_output_is_checked_before_the_data_are_read(toy: Path, capsys) -> None:
+    assert prune(toy, "--output", "missing/out.onnx", "--calibration", "absent.npz") == 2
+    assert "missing/out.onnx" in capsys.readouterr().err
+
+
 def test_output_must_not_be_the_input(toy: Path, capsys) -> None:
     before = (toy / "toy.onnx").read_bytes()
     assert prune(toy, "--output", str(toy / "toy.onnx")) == 2
