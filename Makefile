@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types bench clean
+.PHONY: help demo test test-all corpus fuzz lint types bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,12 @@ test: lint types $(INSTALLED)  ## lint, type-check and the fast tests
 test-all: lint types $(INSTALLED)  ## the slow tests too
 	$(BIN)/coverage run -m pytest -m ''
 	$(BIN)/coverage report --skip-covered
+
+corpus: $(INSTALLED)  ## every model of the onnx package, real models, random graphs; minutes
+	$(BIN)/pytest tests/corpus -m '' --log-cli-level=25 --log-cli-format='%(message)s'
+
+fuzz: $(INSTALLED)  ## broken models and archives: no traceback, hang or file left behind; minutes
+	$(BIN)/python tests/fuzz/fuzz_run.py --count 20000
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .

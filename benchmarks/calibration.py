@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ import onnx_ir as ir
 
 from iobs_onnx.hessian import Hessian
 from iobs_onnx.passes import find_sites, instrument
-from iobs_onnx.runtime.calibrate import calibrate
+from iobs_onnx.runtime import Store, Stream, calibrate
 from iobs_onnx.runtime.data import PAD_MASK, open_data
 from iobs_onnx.runtime.feeds import Feed
 from iobs_onnx.runtime.session import input_specs, open_session
@@ -40,10 +41,11 @@ def main() -> None:
     model = ir.load(arguments.model)
     taps = list({tap: None for site in find_sites(model).sites for tap in site.taps})
     plain = open_session(arguments.model, arguments.provider)
-    tapped = open_session(instrument(model, [tap.value for tap in taps]), arguments.provider)
+    values = list(dict.fromkeys(tap.value for tap in taps))
+    tapped = open_session(instrument(model, values), arguments.provider)
     data = open_data(
         arguments.calibration,
-        input_specs(plain),
+        input_specs(model),
         samples=arguments.samples,
         batch_size=arguments.batch_size,
     )
@@ -55,9 +57,9 @@ def main() -> None:
             plain.run(None, feed)
 
     def with_hessians(mask_padding: bool) -> dict[Tap, Hessian]:
-        return calibrate(
-            tapped, taps, feeds, mask_padding=mask_padding, device=arguments.device
-        ).hessians
+        stream = Stream(feeds, Store(Path(), 0), pad_mask=PAD_MASK if mask_padding else None)
+        batches = stream.run(tapped, fetch=values, device=arguments.device)
+        return calibrate(taps, batches, device=arguments.device).hessians
 
     cases: dict[str, Callable[[], object]] = {
         "plain inference": inference,

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from iobs_onnx.hessian import combine
 from iobs_onnx.passes import find_sites, instrument, load_model, stored_slots
-from iobs_onnx.runtime import calibrate, input_specs, open_data, open_session
+from iobs_onnx.runtime import Store, Stream, calibrate, input_specs, open_data, open_session
+from iobs_onnx.runtime.data import PAD_MASK
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_LAYERS = ROOT / "build" / "layers" / "all-MiniLM-L6-v2.safetensors"
@@ -49,9 +50,11 @@ def capture(model: Path, calibration: str, output: Path) -> None:
     dense = load_model(model)
     sites = find_sites(dense).sites
     taps = list(dict.fromkeys(tap for site in sites for tap in site.taps))
-    session = open_session(instrument(dense, [tap.value for tap in taps]))
-    data = open_data(calibration, input_specs(session), holdout=0)
-    hessians = calibrate(session, taps, data.calibration).hessians
+    values = list(dict.fromkeys(tap.value for tap in taps))
+    session = open_session(instrument(dense, values))
+    data = open_data(calibration, input_specs(dense), holdout=0)
+    stream = Stream(data.calibration, Store(output.parent, 0), pad_mask=PAD_MASK)
+    hessians = calibrate(taps, stream.run(session, fetch=values)).hessians
     tensors: dict[str, torch.Tensor] = {}
     index: list[dict[str, object]] = []
     stored = stored_slots(dense)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,42 @@ class PruneConfig:
     damping: float = _option(
         0.01, "added to the Hessian's diagonal, as a fraction of its mean", type=float
     )
+    sequential: Literal["none", "segment", "site"] = _option(
+        "site",
+        "how often the model as pruned so far is run again: never (one-shot), after each block, "
+        "or before each site that depends on another",
+        choices=("none", "segment", "site"),
+    )
+    target: Literal["layer", "dense"] = _option(
+        "dense",
+        "what a layer's output should equal on pruned inputs: its own dense weights' output, or "
+        "that of the dense model",
+        choices=("layer", "dense"),
+    )
+    residual: bool = _option(
+        True,
+        "with the dense target, do not let a site that is added to a stream make up for the "
+        "stream's error",
+        action="store_false",
+    )
+    learning_rate: float = _option(
+        0.5, "how far each step goes towards the target: 0 not at all, 1 all the way", type=float
+    )
+    bias_compensation: float = _option(
+        0.5, "the share of a site's mean error that its bias makes up for", type=float
+    )
+    random_tokens: float = _option(
+        0.3,
+        "share of the calibration that is random tokens, for models that look up tokens: keeps "
+        "the pruned model from fitting the calibration text too closely",
+        type=float,
+    )
+    memory_budget: int | None = _option(
+        None,
+        "bytes of weights and Hessians in a segment, and of activations between two: 2GB, 500MB "
+        "(default: a quarter of the machine's memory)",
+        metavar="SIZE",
+    )
     mask_padding: bool = _option(
         True, "count positions whose attention_mask is 0 as well", action="store_false"
     )
@@ -88,17 +125,24 @@ class PruneConfig:
             value = getattr(self, name)
             globs = (value,) if isinstance(value, str) else tuple(value or ())
             object.__setattr__(self, name, globs)
-        for name in ("solver", "preset", "compare", "provider", "device"):
+        object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
+        for name in ("solver", "preset", "compare", "provider", "device", "sequential", "target"):
             self._require_choice(name)
         if self.preset is not None and self.solver != "iobs":
             raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")
         for name in ("samples", "batch_size", "seed"):
             self._require_integer(name, least=0 if name == "seed" else 1)
-        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
-        if not number or not 0 <= self.damping < float("inf"):
-            raise OptionError(f"damping {self.damping!r}: expected a number of at least 0")
-        if not isinstance(self.mask_padding, bool):
-            raise OptionError(f"mask_padding {self.mask_padding!r}: expected true or false")
+        for name in ("damping", "learning_rate", "bias_compensation", "random_tokens"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf"):
+                raise OptionError(f"{name} {value!r}: expected a number of at least 0")
+        for name, least in (("bias_compensation", "at most"), ("random_tokens", "below")):
+            if getattr(self, name) > 1 or (least == "below" and getattr(self, name) == 1):
+                raise OptionError(f"{name} {getattr(self, name)!r}: expected a share {least} 1")
+        for name in ("mask_padding", "residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
 
     def _require_choice(self, name: str) -> None:
         options = next(f for f in dataclasses.fields(self) if f.name == name)
@@ -122,6 +166,19 @@ class PruneConfig:
             "include": list(self.include),
             "exclude": list(self.exclude),
         }
+
+
+def _bytes(size: int | str | None) -> int | None:
+    """Read `2GB`, `500MB`, `64KiB` or a number of bytes."""
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+        return size
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(size).upper())
+    number = int(float(found[1]) * units[found[2] or ""]) if found else 0
+    if number < 1:
+        raise OptionError(f"memory_budget {size!r}: expected a size such as 2GB or 500MB")
+    return number
 
 
 def make_config(options: Mapping[str, Any]) -> PruneConfig:

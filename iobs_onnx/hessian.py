@@ -23,16 +23,33 @@ _FLUSH = 64
 
 
 @dataclass(frozen=True)
+class Cross:
+    """`LᵀX / n` of two sets of rows, and the mean of the rows of `L`.
+
+    Attributes:
+        matrix: float32, `(groups, out, in)`.
+        mean: float32, `(groups, out)`.
+    """
+
+    matrix: torch.Tensor
+    mean: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Hessian:
-    """`XᵀX / rows` of one activation.
+    """`H = X_sᵀX_s / n` of one activation, and how far the dense model's `X_d` is from it.
 
     Attributes:
         matrix: float32, `(groups, in, in)`, symmetric, both halves filled.
-        rows: the number of rows of `X` that went in, per group.
+        rows: the number of rows of `X_s` that went in, per group, whatever they weigh.
+        mean: mean of the rows of `X_s`, float32, `(groups, in)`.
+        drift: `C − H = (X_d − X_s)ᵀX_s / n`; None where `X_d` is `X_s`.
     """
 
     matrix: torch.Tensor
     rows: int
+    mean: torch.Tensor
+    drift: Cross | None = None
 
 
 def combine(hessians: Sequence[Hessian]) -> Hessian:
@@ -40,10 +57,20 @@ def combine(hessians: Sequence[Hessian]) -> Hessian:
     if len(hessians) == 1:
         return hessians[0]
     rows = sum(hessian.rows for hessian in hessians)
-    matrix = torch.zeros_like(hessians[0].matrix)
-    for hessian in hessians:
-        matrix.add_(hessian.matrix, alpha=hessian.rows / rows)
-    return Hessian(matrix, rows)
+    shares = [hessian.rows / rows for hessian in hessians]
+
+    def mix(parts: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
+        return torch.stack([tensor * share for tensor, share in parts]).sum(0)
+
+    drifts = [(h.drift, share) for h, share in zip(hessians, shares, strict=True) if h.drift]
+    drift = None
+    if drifts:
+        drift = Cross(
+            mix([(d.matrix, s) for d, s in drifts]), mix([(d.mean, s) for d, s in drifts])
+        )
+    matrix = mix([(h.matrix, share) for h, share in zip(hessians, shares, strict=True)])
+    mean = mix([(h.mean, share) for h, share in zip(hessians, shares, strict=True)])
+    return Hessian(matrix, rows, mean, drift)
 
 
 def dead_inputs(matrix: torch.Tensor) -> torch.Tensor:
@@ -64,20 +91,21 @@ def exact_float32() -> Iterator[None]:
 
 @dataclass
 class _Strip:
-    """Rows `start:start+width` of the upper half of the Gram matrix."""
+    """Rows `start:start+width` of a sum of products, from column `first` on."""
 
     start: int
-    panel: torch.Tensor  # float32 (groups, width, in - start): the latest products
+    first: int
+    panel: torch.Tensor  # float32 (groups, width, in - first): the latest products
     pending: int = 0  # products in `panel`
     total: torch.Tensor | None = None  # float64, the flushed ones
 
-    def add(self, rows: torch.Tensor) -> None:
-        width = self.panel.shape[1]
-        for chunk in rows.split(_ROWS[rows.device.type], dim=1):
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add `leftᵀ right`; both `(groups, n, in)`."""
+        width, size = self.panel.shape[1], _ROWS[right.device.type]
+        for a, b in zip(left.split(size, dim=1), right.split(size, dim=1), strict=True):
             if self.pending == _FLUSH:
                 self.flush()
-            left = chunk[..., self.start : self.start + width].mT
-            self.panel.baddbmm_(left, chunk[..., self.start :])
+            self.panel.baddbmm_(a[..., self.start : self.start + width].mT, b[..., self.first :])
             self.pending += 1
 
     def flush(self) -> None:
@@ -88,9 +116,9 @@ class _Strip:
         self.panel.zero_()
         self.pending = 0
 
-    def mean(self, rows: int) -> torch.Tensor:
+    def mean(self, weight: float) -> torch.Tensor:
         sums = self.panel if self.total is None else self.total + self.panel
-        return sums.div(rows).float()
+        return sums.div(weight).float()
 
     def finite(self) -> bool:
         """Look at the sums of squares only: a row that is not finite spoils its own."""
@@ -110,7 +138,39 @@ def _strip_width(features: int, device: torch.device) -> int:
     return 128 if features <= 1024 else 192
 
 
-class GramAccumulator:
+class _Sums:
+    """Rows `(groups, n, features)` in float32 on one device, their number, weight and sum."""
+
+    def __init__(self, features: int, groups: int, device: torch.device | str) -> None:
+        self.features = features
+        self.groups = groups
+        self.rows = 0
+        self._device = torch.device(device)
+        self._weight = 0.0
+        self._sum = torch.zeros(groups, features, dtype=torch.float64, device=self._device)
+        self._strips: list[_Strip] = []
+
+    @property
+    def parts(self) -> int:
+        """How many ways the work of `add` can be split."""
+        return len(self._strips)
+
+    def _shaped(self, rows: torch.Tensor, features: int) -> torch.Tensor:
+        return rows.to(self._device, torch.float32).reshape(self.groups, -1, features)
+
+    def _count(self, rows: torch.Tensor, weight: float) -> None:
+        self.rows += rows.shape[1]
+        self._weight += weight * rows.shape[1]
+        self._sum.add_(rows.sum(1, dtype=torch.float64), alpha=weight)
+
+    def _require_rows(self) -> None:
+        if self.rows == 0:
+            raise DataError(
+                "no rows reached the Hessian: every position was padding; check the feeds"
+            )
+
+
+class GramAccumulator(_Sums):
     """Sums `XᵀX` over batches, on the device it is given.
 
     Relative Frobenius error against float64 is below 1e-5 for any number of batches. Run it
@@ -123,36 +183,26 @@ class GramAccumulator:
     """
 
     def __init__(self, features: int, groups: int = 1, device: torch.device | str = "cpu") -> None:
-        device = torch.device(device)
-        width = _strip_width(features, device)
-        self.features = features
-        self.groups = groups
-        self.rows = 0
-        self._device = device
-        self._strips = [
-            _Strip(
-                start,
-                torch.zeros(groups, min(width, features - start), features - start).to(device),
-            )
-            for start in range(0, features, width)
-        ]
+        super().__init__(features, groups, device)
+        width = _strip_width(features, self._device)
+        for start in range(0, features, width):
+            size = (groups, min(width, features - start), features - start)
+            self._strips.append(_Strip(start, start, torch.zeros(size, device=self._device)))
 
-    @property
-    def parts(self) -> int:
-        """How many ways the work of :meth:`add` can be split."""
-        return len(self._strips)
-
-    def add(self, rows: torch.Tensor, part: int = 0, parts: int = 1) -> None:
-        """Add rows, `(groups, n, in)` or, with one group, `(n, in)`, of any floating dtype.
+    def add(
+        self, rows: torch.Tensor, weight: float = 1.0, *, part: int = 0, parts: int = 1
+    ) -> None:
+        """Add rows, `(groups, n, in)` or, with one group, `(n, in)`, each counting `weight` times.
 
         With `parts` > 1 only share `part` of the matrix is updated: threads may add the same rows
         at the same time, each its own part. All parts must see all rows.
         """
-        rows = rows.to(self._device, torch.float32).reshape(self.groups, -1, self.features)
-        for strip in self._strips[part::parts]:
-            strip.add(rows)
+        rows = self._shaped(rows, self.features)
         if part == 0:
-            self.rows += rows.shape[1]
+            self._count(rows, weight)
+        scaled = rows if weight == 1.0 else rows * weight**0.5
+        for strip in self._strips[part::parts]:
+            strip.add(scaled, scaled)
 
     def finite(self, part: int = 0, parts: int = 1) -> bool:
         """Whether the sums of squares are finite: false after a NaN, an Inf or an overflow."""
@@ -164,17 +214,58 @@ class GramAccumulator:
         Raises:
             DataError: no row was added.
         """
-        if self.rows == 0:
-            raise DataError(
-                "no rows reached the Hessian: every position was padding; check the feeds"
-            )
+        self._require_rows()
         matrix = torch.empty(self.groups, self.features, self.features, device=self._device)
         while self._strips:
             strip = self._strips.pop()
-            mean = strip.mean(self.rows)
+            mean = strip.mean(self._weight)
             start, stop = strip.start, strip.start + mean.shape[1]
             square = mean[..., : stop - start]
             matrix[:, start:stop, start:stop] = square.triu() + square.triu(1).mT
             matrix[:, start:stop, stop:] = mean[..., stop - start :]
             matrix[:, stop:, start:stop] = mean[..., stop - start :].mT
-        return Hessian(matrix, self.rows)
+        return Hessian(matrix, self.rows, (self._sum / self._weight).float())
+
+
+class CrossAccumulator(_Sums):
+    """Sums `LᵀX` over batches; arguments and accuracy as for :class:`GramAccumulator`.
+
+    Args:
+        left: columns of `L`.
+        features: columns of `X`.
+        groups, device: as there.
+    """
+
+    def __init__(
+        self, left: int, features: int, groups: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(left, groups, device)
+        self._right = features
+        width = _strip_width(features, self._device)
+        for start in range(0, left, width):
+            size = (groups, min(width, left - start), features)
+            self._strips.append(_Strip(start, 0, torch.zeros(size, device=self._device)))
+
+    def add(
+        self,
+        left: torch.Tensor,
+        rows: torch.Tensor,
+        weight: float = 1.0,
+        *,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        """Add as many rows of `L` as of `X`; see :meth:`GramAccumulator.add`."""
+        left = self._shaped(left, self.features)
+        if part == 0:
+            self._count(left, weight)
+        scaled = left if weight == 1.0 else left * weight
+        for strip in self._strips[part::parts]:
+            strip.add(scaled, self._shaped(rows, self._right))
+
+    def finish(self) -> Cross:
+        """Return the mean product and release the sums; DataError where no row was added."""
+        self._require_rows()
+        panels = [strip.mean(self._weight) for strip in self._strips]
+        self._strips.clear()
+        return Cross(torch.cat(panels, dim=1), (self._sum / self._weight).float())

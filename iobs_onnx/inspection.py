@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from iobs_onnx.passes import eligibility_2_4, find_sites, load_model
-from iobs_onnx.site import Declined, Patches, Site, Tap
+from iobs_onnx.site import Declined, Site, Tap
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def describe(site: Site) -> dict[str, Any]:
         "groups": site.groups,
         "out_features": site.out_features,
         "in_features": site.in_features,
-        "taps": [tap_label(tap) for tap in site.taps],
+        "taps": [tap.label for tap in site.taps],
         "eligible_2_4": eligible,
         "eligibility_rule": rule,
     }
@@ -74,8 +74,5 @@ def describe_declined(item: Declined) -> dict[str, Any]:
 
 
 def tap_label(tap: Tap) -> str:
-    """Return a tap's activation, with the kernel and stride where it is read in patches."""
-    if isinstance(tap.form, Patches):
-        kernel = "x".join(map(str, tap.form.kernel))
-        return f"{tap.value} (patches {kernel}, stride {'x'.join(map(str, tap.form.strides))})"
-    return tap.value if tap.form.axis == -1 else f"{tap.value} (axis {tap.form.axis})"
+    """Return a tap's activation, and how it is read unless by vectors along the last axis."""
+    return tap.label

@@ -86,13 +86,12 @@ def solve_layer(
     _check(dense, matrix, cross)
     if reason := pattern.misfit(dense.shape[1]):
         raise OptionError(f"sparsity {pattern} does not fit this weight: {reason}")
+    weight32, hessian32 = dense.float(), matrix.float()
+    if cross is not None:
+        gradient = weight32 @ (hessian32 - cross.float())  # of f at W, `W H − W C`
+        weight32 = newton_step(weight32, gradient, hessian32, damping=damping)
     solved = solve_stacked(
-        [dense.float()],
-        matrix.float(),
-        pattern=pattern,
-        solver=make_solver(solver),
-        damping=damping,
-        cross_gram=None if cross is None else cross.float(),
+        [weight32], hessian32, pattern=pattern, solver=make_solver(solver), damping=damping
     )[0]
     return Solution(
         _like(solved.weight, weight),
@@ -102,6 +101,48 @@ def solve_layer(
     )
 
 
+def newton_step(
+    start: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    *,
+    damping: float,
+    learning_rate: float = 1.0,
+) -> torch.Tensor:
+    """Return `W⁺ = W_t − η ∇f(W_t)(H + λI)⁻¹`.
+
+    This is the dense step of I-OBS (Wu et al., NeurIPS 2024, algorithm 1). With `η = 1` and little
+    damping it lands on the minimiser of the quadratic `f` from anywhere.
+
+    Args:
+        start: `W_t`, `(out, in)` float32.
+        gradient: `∇f(W_t)`, `(out, in)`.
+        hessian: `H`, `(in, in)`.
+        damping: λ as a fraction of `mean(diag H)`.
+        learning_rate: η.
+
+    Raises:
+        SolverError: `H + λI` is not positive definite.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(_absolute(damping, hessian))
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        raise SolverError(
+            f"H + λI is not positive definite at damping {damping:g} (pivot {int(info)}): raise "
+            "the damping or calibrate on more samples"
+        )
+    return start - learning_rate * torch.cholesky_solve(gradient.T, factor).T
+
+
+def _absolute(damping: float, hessian: torch.Tensor) -> float:
+    if not damping >= 0:
+        raise OptionError(f"damping {damping}: must be at least 0")
+    level = float(hessian.diagonal().mean())
+    # Without any signal damping has no scale: every weight then counts by its size alone.
+    return damping * level if level > 0 else 1.0
+
+
 def solve_stacked(
     weights: Sequence[torch.Tensor],
     hessian: torch.Tensor,
@@ -109,24 +150,16 @@ def solve_stacked(
     pattern: Pattern,
     solver: Solver,
     damping: float,
-    cross_gram: torch.Tensor | None = None,
 ) -> list[Solution[torch.Tensor]]:
     """Prune several weights `(out_i, in)` that read the same input, sharing its factorisation.
 
     Each weight holds the pattern on its own. Arguments are as in :func:`solve_layer`, float32
     and already checked.
     """
-    if not damping >= 0:
-        raise OptionError(f"damping {damping}: must be at least 0")
-    level = float(hessian.diagonal().mean())
     blocks = tuple(len(weight) for weight in weights)
-    # Without any signal damping has no scale: every weight then counts by its size alone.
     problem = Problem(
-        torch.cat(list(weights)), hessian, damping * level if level > 0 else 1.0, pattern, blocks
+        torch.cat(list(weights)), hessian, _absolute(damping, hessian), pattern, blocks
     )
-    if cross_gram is not None:
-        aim = problem.weight @ (cross_gram + problem.damping * torch.eye(len(hessian)).to(hessian))
-        problem = Problem(aim @ problem.inverse, hessian, problem.damping, pattern, blocks)
     if pattern.density == 1.0:
         weight, mask = problem.weight, torch.ones_like(problem.weight, dtype=torch.bool)
     else:

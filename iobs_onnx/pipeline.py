@@ -4,50 +4,45 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.errors import CheckError, DependencyError, IobsError, ModelError
-from iobs_onnx.hessian import Hessian, combine, dead_inputs
-from iobs_onnx.layer import Solution, solve_stacked
+from iobs_onnx.errors import CheckError, DependencyError, ModelError
 from iobs_onnx.passes import (
-    Slot,
+    Surroundings,
     check_model,
     check_pattern,
     find_sites,
-    instrument,
+    find_surroundings,
+    find_token_input,
     load_model,
     model_hash,
+    partition,
     require_output,
-    rewrite,
     save_model,
-    stored_slots,
 )
 from iobs_onnx.progress import Progress
-from iobs_onnx.report import CalibrationRecord, PruneReport, SiteReport, build_report
+from iobs_onnx.report import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import (
-    Calibration,
     Data,
+    Feed,
     OutputFidelity,
-    calibrate,
-    compare,
     input_specs,
     open_data,
-    open_session,
-    session_info,
+    with_random_tokens,
 )
+from iobs_onnx.segments import Place, compare, default_memory_budget, prepared
 from iobs_onnx.select import select
 from iobs_onnx.site import Candidates, Site, Tap
-from iobs_onnx.solvers import make_solver
+from iobs_onnx.walk import Walk, rewrite_sites
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -65,14 +60,6 @@ class PruneResult:
     model: ir.Model
     report: PruneReport
     output: str | None
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """The sparse tensor of one site, as it is stored, and its line of the report."""
-
-    stored: NDArray[np.generic]
-    report: SiteReport
 
 
 def prune(
@@ -116,15 +103,35 @@ def prune(
         require_output(dense, output)
     chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
     _require_sites(chosen)
-    data, measured, runtime = _calibrate(dense, chosen.sites, calibration, config, device, progress)
-    calibrated = time.perf_counter()
-    solved = _solve(dense, chosen.sites, measured.hessians, config, device, progress)
-    solved_at = time.perf_counter()
-
+    data = open_data(
+        calibration,
+        input_specs(dense),
+        samples=config.samples,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
     sparse = load_model(dense)
-    rewrite(sparse, {site.initializer: solved[site].stored for site in chosen.sites})
-    complaint = _check(dense, sparse, chosen.sites, config)
-    fidelity = _compare(dense, sparse, data, config)
+    with TemporaryDirectory(prefix="iobs-onnx-") as folder:
+        place = Place(
+            config.provider, config.memory_budget or default_memory_budget(), Path(folder)
+        )
+        reference, working = prepared(dense), prepared(sparse)
+        around = find_surroundings(dense, chosen.sites)
+        segments = partition(
+            reference,
+            chosen.sites,
+            beside=_residuals(around, config),
+            sequential=config.sequential,
+            budget=place.budget,
+        )
+        feeds, batches, random_share = _mixed(dense, data, config)
+        steps = None if batches is None else batches * len(segments) + len(chosen.sites)
+        with progress.stage("prune", steps) as advance:
+            walk = Walk(reference, working, config, place, device, advance, around)
+            solved = walk.run(segments, feeds)
+        rewrite_sites(sparse, solved, around)
+        complaint = _check(dense, sparse, chosen.sites, config)
+        fidelity = _compare(dense, sparse, data, place)
     if output is not None:
         save_model(sparse, output)
 
@@ -132,16 +139,12 @@ def prune(
         config=config,
         model={**_file(model), "checker": complaint or "passed"},
         output=_file(output),
-        runtime={**runtime, "device": str(device)},
-        calibration=CalibrationRecord.of(calibration, data, measured),
+        runtime={**place.runtime, "device": str(device), "segments": len(segments)},
+        calibration=CalibrationRecord.of(calibration, data, walk.calibration, random_share),
         sites=[solved[site].report for site in chosen.sites],
         declined=chosen.declined,
         fidelity=fidelity,
-        seconds={
-            "calibrate": calibrated - started,
-            "solve": solved_at - calibrated,
-            "total": time.perf_counter() - started,
-        },
+        seconds={**walk.seconds, "total": time.perf_counter() - started},
     )
     return PruneResult(sparse, report, report.output["path"])
 
@@ -172,123 +175,27 @@ def _device(config: PruneConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _calibrate(
-    dense: ir.Model,
-    sites: Sequence[Site],
-    calibration: Any,
-    config: PruneConfig,
-    device: torch.device,
-    progress: Progress,
-) -> tuple[Data, Calibration, dict[str, Any]]:
-    """Run the dense model over the calibration feeds and collect every tap's Hessian."""
-    taps = list(dict.fromkeys(tap for site in sites for tap in site.taps))
-    session = open_session(instrument(dense, [tap.value for tap in taps]), config.provider)
-    data = open_data(
-        calibration,
-        input_specs(session),
-        samples=config.samples,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    with progress.stage("calibrate", data.batches) as advance:
-        measured = calibrate(
-            session,
-            taps,
-            data.calibration,
-            mask_padding=config.mask_padding,
-            device=device,
-            progress=lambda done: advance(),
-        )
-    return data, measured, session_info(session)
+def _residuals(around: Mapping[Site, Surroundings], config: PruneConfig) -> dict[Site, Tap]:
+    """Return the streams that outputs are added to, where the target takes them into account."""
+    if not config.residual or config.target != "dense":
+        return {}
+    return {site: found.residual for site, found in around.items() if found.residual is not None}
 
 
-def _solve(
-    dense: ir.Model,
-    sites: Sequence[Site],
-    hessians: Mapping[Tap, Hessian],
-    config: PruneConfig,
-    device: torch.device,
-    progress: Progress,
-) -> dict[Site, _Solved]:
-    """Solve every site; sites that read the same taps share one Hessian and its factorisation."""
-    together: dict[tuple[Tap, ...], list[Site]] = defaultdict(list)
-    for site in sites:
-        together[site.taps].append(site)
-    slots = stored_slots(dense)
-    solved: dict[Site, _Solved] = {}
-    with progress.stage("solve", len(sites)) as advance:
-        for taps, members in together.items():
-            hessian = combine([hessians[tap] for tap in taps])
-            try:
-                weights = {site: _stored(slots, site) for site in members}
-                solved |= _solve_together(weights, hessian, config, device)
-            except IobsError as error:
-                raise type(error)(f"site {members[0].name!r}: {error}") from error
-            for _ in members:
-                advance()
-    return solved
+def _mixed(
+    dense: ir.Model, data: Data, config: PruneConfig
+) -> tuple[Iterable[Feed | tuple[Feed, float]], int | None, float]:
+    """Mix random tokens into the feeds of a model that looks up tokens.
 
-
-def _solve_together(
-    stored: Mapping[Site, NDArray[np.generic]],
-    hessian: Hessian,
-    config: PruneConfig,
-    device: torch.device,
-) -> dict[Site, _Solved]:
-    weights = [
-        torch.from_numpy(site.to_matrices(array)).to(device) for site, array in stored.items()
-    ]
-
-    def solve(
-        solver: str, preset: str | None = None
-    ) -> tuple[list[list[Solution[torch.Tensor]]], float]:
-        started = time.perf_counter()
-        by_group = [
-            solve_stacked(
-                [weight[group] for weight in weights],
-                matrix,
-                pattern=config.sparsity,
-                solver=make_solver(solver, preset),
-                damping=config.damping,
-            )
-            for group, matrix in enumerate(hessian.matrix)
-        ]
-        return [list(groups) for groups in zip(*by_group, strict=True)], (
-            time.perf_counter() - started
-        )
-
-    solutions, seconds = solve(config.solver, config.preset)
-    baseline = solve(config.compare)[0] if config.compare else [None] * len(stored)
-    outputs = sum(site.out_features for site in stored)
-    result = {}
-    for site, groups, other in zip(stored, solutions, baseline, strict=True):
-        sparse = torch.stack([solution.weight for solution in groups]).cpu().numpy()
-        tensor = site.to_stored(sparse, stored[site].dtype)
-        report = SiteReport.of(
-            site,
-            tensor,
-            pattern=config.sparsity,
-            layer_error=_layer_error(groups),
-            compared_error=None if other is None else _layer_error(other),
-            rows=hessian.rows,
-            dead_inputs=int(dead_inputs(hessian.matrix).sum()),
-            seconds=seconds * site.out_features / outputs,
-        )
-        result[site] = _Solved(tensor, report)
-    return result
-
-
-def _stored(slots: Mapping[str, Slot], site: Site) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = slots[site.initializer].tensor.numpy()
-    if not np.isfinite(array.astype(np.float32)).all():
-        raise ModelError(f"weight {site.initializer!r} holds NaN or Inf")
-    return array
-
-
-def _layer_error(groups: Sequence[Solution[torch.Tensor]]) -> float:
-    """The layer error of a site whose groups were solved on their own."""
-    energy = sum(solution.energy for solution in groups)
-    return sum(solution.excess for solution in groups) / energy if energy > 0 else 0.0
+    Returns:
+        The feeds, how many there are if that is known, and the share of random tokens.
+    """
+    tokens = find_token_input(dense)
+    if tokens is None or config.random_tokens == 0:
+        return data.calibration, data.batches, 0.0
+    mixed = with_random_tokens(data.calibration, *tokens, config.random_tokens, config.seed)
+    count = None if data.batches is None else data.batches + (data.batches + 1) // 2
+    return mixed, count, config.random_tokens
 
 
 def _check(
@@ -315,9 +222,7 @@ def _check(
     return None
 
 
-def _compare(
-    dense: ir.Model, sparse: ir.Model, data: Data, config: PruneConfig
-) -> list[OutputFidelity]:
+def _compare(dense: ir.Model, sparse: ir.Model, data: Data, place: Place) -> list[OutputFidelity]:
     """Run both models on the held-out feeds.
 
     Raises:
@@ -325,7 +230,7 @@ def _compare(
     """
     if not data.held_out_samples:
         return []
-    fidelity = compare(dense, sparse, data.held_out, config.provider)
+    fidelity = compare(dense, sparse, data.held_out, place)
     if broken := [output.name for output in fidelity if not output.finite]:
         raise CheckError(
             f"output {broken[0]!r} of the sparse model is not finite on held-out feeds; "

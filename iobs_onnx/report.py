@@ -40,8 +40,11 @@ class SiteReport:
 
     Attributes:
         pattern: as text.
-        sparsity: fraction of zeros in the stored tensor.
-        layer_error: `tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)` on the calibration data.
+        sparsity: fraction of weights that are zero.
+        layer_error: `tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)` on the calibration data, `ΔW` the distance from
+            the aim; what a compensated bias takes over does not count.
+        output_bound: `√tr(ΔW H ΔWᵀ)`, the root mean square change of the output vector.
+        bias_compensated: whether the bias was moved to make up for the mean error.
         compared_error: the same for the solver named by `compare`, None if none was.
         error_ratio: `layer_error / compared_error`.
         rows: tokens or patches in the Hessian.
@@ -65,6 +68,8 @@ class SiteReport:
     pattern: str
     sparsity: float
     layer_error: float
+    output_bound: float
+    bias_compensated: bool
     compared_error: float | None
     error_ratio: float | None
     rows: int
@@ -75,21 +80,25 @@ class SiteReport:
     def of(
         cls,
         site: Site,
-        tensor: NDArray[np.generic],
+        weight: NDArray[np.float32],
         *,
         pattern: Pattern,
         layer_error: float,
+        output_bound: float,
+        bias_compensated: bool,
         compared_error: float | None,
         rows: int,
         dead_inputs: int,
         seconds: float,
     ) -> SiteReport:
-        """Describe a solved site; `tensor` is its sparse weight as stored."""
+        """Describe a solved site; `weight` holds the numbers that its stored tensor stands for."""
         return cls(
             **describe(site),
             pattern=str(pattern),
-            sparsity=achieved_sparsity(tensor),
+            sparsity=achieved_sparsity(weight),
             layer_error=layer_error,
+            output_bound=output_bound,
+            bias_compensated=bias_compensated,
             compared_error=compared_error,
             error_ratio=layer_error / compared_error if compared_error else None,
             rows=rows,
@@ -105,6 +114,7 @@ class CalibrationRecord:
     Attributes:
         source: the path or `module:callable`; the type's name for data given in memory.
         samples, batches: that calibrated.
+        random_tokens: share of random tokens mixed in; 0 for a model that looks up no tokens.
         held_out_samples: set aside for verification, never calibrated on.
         padding_excluded: positions whose attention_mask is 0 were left out.
         padding_kept: taps that count padding all the same, because their shape hides it.
@@ -114,19 +124,23 @@ class CalibrationRecord:
     source: str
     samples: int
     batches: int
+    random_tokens: float
     held_out_samples: int
     padding_excluded: bool
     padding_kept: list[str]
     notes: list[str]
 
     @classmethod
-    def of(cls, source: Any, data: Data, measured: Calibration) -> CalibrationRecord:
+    def of(
+        cls, source: Any, data: Data, measured: Calibration, random_tokens: float
+    ) -> CalibrationRecord:
         """Describe a finished calibration."""
         named = isinstance(source, str | os.PathLike)
         return cls(
             source=os.fspath(source) if named else f"in memory ({type(source).__name__})",
             samples=data.samples,
             batches=measured.batches,
+            random_tokens=random_tokens,
             held_out_samples=data.held_out_samples,
             padding_excluded=measured.padding_excluded,
             padding_kept=[tap_label(tap) for tap in measured.padding_kept],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,14 +21,43 @@ class Rows:
 
     axis: int = -1
 
+    groups = 1
+
+    def __str__(self) -> str:
+        return "" if self.axis == -1 else f"axis {self.axis}"
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Rows of several regressions, one for each index of the `batch` axes: heads, experts.
+
+    A row is flattened from the axes `features`, in that order; all axes that are neither are
+    rows. Axes are negative or count from the front. `sizes` are the lengths of the batch axes in
+    the weight; an activation that lacks one, or has length 1 there, meets every matrix.
+    """
+
+    features: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        """Number of regressions."""
+        return prod(self.sizes)
+
+    def __str__(self) -> str:
+        batch = f", one matrix for each of axes {self.batch}" if self.batch else ""
+        return f"axes {self.features}{batch}"
+
 
 @dataclass(frozen=True)
 class Patches:
     """Rows of the regression are the receptive fields of a convolution (im2col).
 
-    The activation is `(batch, groups * channels, *space)`. A patch is flattened with the
-    kernel positions first and the input channels last, `(*kernel, channels)`, so that
-    consecutive columns are consecutive *input channels*: the order 2:4 hardware groups.
+    The activation is `(batch, groups * channels, *space)`, or with `channels_last`
+    `(batch, *space, groups * channels)`. A patch is flattened with the kernel positions first and
+    the input channels last, `(*kernel, channels)`, so that consecutive columns are consecutive
+    *input channels*: the order 2:4 hardware groups.
 
     `pads` holds the begin of every spatial axis, then the end of every one, as in ONNX.
     `auto_pad` is `NOTSET` (use `pads`), `VALID`, `SAME_UPPER` or `SAME_LOWER`; the last two
@@ -39,9 +70,59 @@ class Patches:
     pads: tuple[int, ...]
     auto_pad: str = "NOTSET"
     groups: int = 1
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        return f"patches {_times(self.kernel)}, stride {_times(self.strides)}"
 
 
-RowForm: TypeAlias = Rows | Patches
+@dataclass(frozen=True)
+class TransposedPatches:
+    """Rows of the regression are what a transposed convolution gathers for an output position.
+
+    Kernel position `k` brings input `i` to output `i * stride + k * dilation - pad`. A row holds,
+    for every kernel position, the input that it brings to the row's output position, or zeros
+    where there is none; columns are ordered as those of :class:`Patches`.
+
+    `output_shape` (empty if not given) and `auto_pad` override `pads`, as in ONNX.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    output_shape: tuple[int, ...] = ()
+    auto_pad: str = "NOTSET"
+    groups: int = 1
+
+    def __str__(self) -> str:
+        return f"transposed patches {_times(self.kernel)}, stride {_times(self.strides)}"
+
+
+@dataclass(frozen=True)
+class PreviousStates:
+    """Rows are the hidden states that the steps of a recurrent node read: those one step before.
+
+    The activation is the node's output `(time, directions, batch, hidden)`, or with `batch_first`
+    `(batch, time, directions, hidden)`. Each direction has a regression of its own; `reverse` says
+    which of them run backwards in time. The row of a sequence's first step is zero: a state that
+    the node is given to start from is another tap of the same site.
+    """
+
+    reverse: tuple[bool, ...]
+    batch_first: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Number of directions."""
+        return len(self.reverse)
+
+    def __str__(self) -> str:
+        return "one step before"
+
+
+RowForm: TypeAlias = Rows | Stacked | Patches | TransposedPatches | PreviousStates
 
 
 @dataclass(frozen=True)
@@ -59,7 +140,51 @@ class Tap:
     @property
     def groups(self) -> int:
         """Number of independent Hessians this tap yields."""
-        return self.form.groups if isinstance(self.form, Patches) else 1
+        return self.form.groups
+
+    @property
+    def label(self) -> str:
+        """The activation, and how it is read unless that is by vectors along the last axis."""
+        form = str(self.form)
+        return f"{self.value} ({form})" if form else self.value
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The grid that an integer tensor stands for: `(stored - zero_point) * scale`.
+
+    `scale` and `zero_point` hold one entry, or with an `axis` (of the stored tensor) one for each
+    index of it. A zero is stored as the zero point, hence is exactly zero when read.
+    """
+
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...]
+    axis: int | None = None
+
+    def dequantize(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Return the numbers that a stored tensor stands for, float32."""
+        shape = self._spread(stored.ndim)
+        zero = np.array(self.zero_point, np.int32).reshape(shape)
+        scale = np.array(self.scale, np.float32).reshape(shape)
+        return (stored.astype(np.int32) - zero).astype(np.float32) * scale
+
+    def quantize(
+        self, real: NDArray[np.float32], dtype: np.dtype[np.generic]
+    ) -> NDArray[np.generic]:
+        """Return the nearest stored tensor of an integer `dtype`; ends of the range saturate."""
+        shape = self._spread(real.ndim)
+        zero = np.array(self.zero_point, np.int32).reshape(shape)
+        scale = np.array(self.scale, np.float32).reshape(shape)
+        steps = np.zeros_like(real)
+        # A channel of scale 0 stands for zeros, whatever is stored.
+        np.divide(real, scale, out=steps, where=scale != 0)
+        limits = ml_dtypes.iinfo(dtype)
+        stored = np.clip(np.rint(steps) + zero, int(limits.min), int(limits.max))
+        return stored.astype(np.int32).astype(dtype)
+
+    def _spread(self, rank: int) -> list[int]:
+        """The shape in which scales meet a stored tensor of `rank` axes."""
+        return [-1 if axis == self.axis else 1 for axis in range(rank)]
 
 
 @dataclass(frozen=True)
@@ -67,8 +192,8 @@ class Site:
     """One prunable weight.
 
     The stored tensor becomes the matrices `W`, `(groups, out, in)`, by
-    `stored.transpose(perm).reshape(groups, out, in)`; :meth:`to_matrices` and
-    :meth:`to_stored` are the only places that know.
+    `stored.reshape(view).transpose(perm).reshape(groups, out, in)`, dequantised first where it is
+    an integer; :meth:`to_matrices` and :meth:`to_stored` are the only places that know.
 
     Attributes:
         name: readable and unique; what `--include` and `--exclude` match.
@@ -78,9 +203,11 @@ class Site:
         shape: shape of the stored tensor.
         dtype: ONNX type name of the stored tensor, e.g. ``FLOAT16``.
         axis: the axis of the stored tensor along which a deployment engine groups 2:4.
-        perm: axes of the stored tensor in the order output first, reduction last.
+        perm: axes of the stored tensor's view in the order group, output, reduction.
         groups, out_features, in_features: sizes of `W`; `out` and `in` are per group.
         taps: the activations that meet this weight; their Hessians are summed.
+        view: the shape in which `perm` reads the stored tensor; None for its own.
+        quantized: what the integers of the stored tensor stand for; None for floats.
     """
 
     name: str
@@ -95,26 +222,37 @@ class Site:
     out_features: int
     in_features: int
     taps: tuple[Tap, ...]
+    view: tuple[int, ...] | None = None
+    quantized: Quantized | None = None
 
     @property
     def run(self) -> int:
-        """Length of the stored `axis`: consecutive columns of `W` that hardware groups.
+        """Consecutive columns of `W` that hardware groups: the last axis of reduction.
 
         Patterns N:M must divide it, so that no group of M straddles two kernel positions.
         """
-        return self.shape[self.axis]
+        return self._view[self.perm[-1]] if self.in_features > 1 else 1
+
+    @property
+    def _view(self) -> tuple[int, ...]:
+        return self.shape if self.view is None else self.view
 
     def to_matrices(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
         """Return the stored tensor as `W`, float32, `(groups, out, in)`; always a copy."""
-        moved = stored.transpose(self.perm).astype(np.float32, order="C", copy=True)
-        return moved.reshape(self.groups, self.out_features, self.in_features)
+        real = stored if self.quantized is None else self.quantized.dequantize(stored)
+        moved = real.reshape(self._view).transpose(self.perm)
+        matrices = moved.astype(np.float32, order="C", copy=True)
+        return matrices.reshape(self.groups, self.out_features, self.in_features)
 
     def to_stored(
         self, matrices: NDArray[np.float32], dtype: np.dtype[np.generic]
     ) -> NDArray[np.generic]:
-        """Return `W`, `(groups, out, in)`, in the stored shape and `dtype`."""
-        moved = matrices.reshape([self.shape[axis] for axis in self.perm])
-        return np.ascontiguousarray(moved.transpose(np.argsort(self.perm)).astype(dtype))
+        """Return `W`, `(groups, out, in)`, in the stored shape and `dtype`; zeros stay zeros."""
+        moved = matrices.reshape([self._view[axis] for axis in self.perm])
+        real = moved.transpose(np.argsort(self.perm)).reshape(self.shape)
+        if self.quantized is None:
+            return np.ascontiguousarray(real.astype(dtype))
+        return np.ascontiguousarray(self.quantized.quantize(real, dtype))
 
 
 @dataclass(frozen=True)
@@ -135,3 +273,7 @@ class Candidates:
 
     sites: tuple[Site, ...]
     declined: tuple[Declined, ...]
+
+
+def _times(numbers: tuple[int, ...]) -> str:
+    return "x".join(map(str, numbers))

@@ -6,6 +6,8 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -128,7 +130,7 @@ def verify(
     stored = stored_slots(model)
     sites = []
     for site in chosen.sites:
-        array = stored[site.initializer].tensor.numpy()
+        array = site.to_matrices(stored[site.initializer].tensor.numpy())
         sites.append(
             VerifiedSite(
                 site.name,
@@ -137,7 +139,7 @@ def verify(
                 achieved_sparsity(array),
                 site.name not in not_2_4 if site in can_2_4 else None,
                 None if pattern is None else broken[site.name].count if site.name in broken else 0,
-                bool(np.isfinite(array.astype(np.float32)).all()),
+                bool(np.isfinite(array).all()),
             )
         )
     failures = [item.text for item in broken.values()]
@@ -158,13 +160,14 @@ def verify(
 def _outputs(
     dense: Model | None, sparse: ir.Model, data: Any, provider: Literal["auto", "cpu", "cuda"]
 ) -> list[dict[str, Any]]:
-    from iobs_onnx.runtime import compare, input_specs, open_data, open_session, run_finite
+    from iobs_onnx.runtime import input_specs, open_data
+    from iobs_onnx.segments import Place, compare, default_memory_budget
 
-    feeds = open_data(data, input_specs(open_session(sparse, provider)), holdout=0).calibration
+    feeds = open_data(data, input_specs(sparse), holdout=0).calibration
+    reference = sparse if dense is None else load_model(dense)
+    with TemporaryDirectory(prefix="iobs-onnx-") as folder:
+        place = Place(provider, default_memory_budget(), Path(folder))
+        found = [dataclasses.asdict(item) for item in compare(reference, sparse, feeds, place)]
     if dense is None:
-        finite = run_finite(sparse, feeds, provider)
-        return [
-            {"name": name, "relative_error": None, "cosine": None, "finite": ok}
-            for name, ok in finite.items()
-        ]
-    return [dataclasses.asdict(o) for o in compare(load_model(dense), sparse, feeds, provider)]
+        return [{**item, "relative_error": None, "cosine": None} for item in found]
+    return found

@@ -5,22 +5,35 @@ from iobs_onnx.passes.deploy import eligibility_2_4
 from iobs_onnx.passes.files import load_model, model_hash, require_output, save_model
 from iobs_onnx.passes.find_sites import find_sites
 from iobs_onnx.passes.instrument import instrument
+from iobs_onnx.passes.partition import Segment, Sequential, partition
+from iobs_onnx.passes.prepare import prepare
 from iobs_onnx.passes.rewrite import rewrite
-from iobs_onnx.passes.tensors import Slot, stored_slots
+from iobs_onnx.passes.surroundings import Surroundings, find_surroundings, rewrite_biases
+from iobs_onnx.passes.tensors import Slot, release, stored_slots
+from iobs_onnx.passes.tokens import find_token_input
 
 __all__ = [
+    "Segment",
+    "Sequential",
     "Slot",
+    "Surroundings",
     "Violation",
     "achieved_sparsity",
     "check_model",
     "check_pattern",
     "eligibility_2_4",
     "find_sites",
+    "find_surroundings",
+    "find_token_input",
     "instrument",
     "load_model",
     "model_hash",
+    "partition",
+    "prepare",
+    "release",
     "require_output",
     "rewrite",
+    "rewrite_biases",
     "save_model",
     "stored_slots",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from iobs_onnx.passes import names, trace
-from iobs_onnx.passes.ops import OP_HANDLERS, UNSUPPORTED_OPERANDS
+from iobs_onnx.passes.ops import weight_operands
 
 PRUNABLE_DTYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -41,7 +41,7 @@ def find_candidates(model: ir.Model, constant: set[ir.Value]) -> list[Candidate]
     found: dict[ir.Value, Candidate] = {}
     for node, place in _placed_nodes(model):
         is_call = node.op_identifier() in model.functions
-        for index in range(len(node.inputs)) if is_call else _operands(node):
+        for index in range(len(node.inputs)) if is_call else weight_operands(node):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is None:
                 continue
@@ -54,12 +54,6 @@ def find_candidates(model: ir.Model, constant: set[ir.Value]) -> list[Candidate]
                 continue
             found.setdefault(source, Candidate(source, place)).nodes[node] = None
     return list(found.values())
-
-
-def _operands(node: ir.Node) -> tuple[int, ...]:
-    key = (node.domain, node.op_type)
-    handler = OP_HANDLERS.get(key)
-    return handler.operands if handler else UNSUPPORTED_OPERANDS.get(key, ())
 
 
 def _placed_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:

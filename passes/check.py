@@ -102,14 +102,12 @@ def _run_checker(file: str | os.PathLike[str], label: str) -> None:
 
 
 def _count(stored: NDArray[np.generic], site: Site, pattern: Pattern) -> tuple[int, str]:
+    matrices = site.to_matrices(stored)
     if isinstance(pattern, NM):
-        runs = np.moveaxis(stored, site.axis, -1)
-        if misfit := pattern.misfit(runs.shape[-1]):
-            return runs.size // runs.shape[-1], misfit
+        runs = matrices.reshape(-1, site.run)
+        if misfit := pattern.misfit(site.run):
+            return len(runs), misfit
         count = pattern.violations(runs)
         return count, f"{count} groups along axis {site.axis} hold over {pattern.n} non-zeros"
-    # The fraction is removed of each group's matrix; groups divide the output axis.
-    filters = np.moveaxis(stored, site.perm[0], 0)
-    matrices = np.split(filters, site.groups)
     count = sum(pattern.violations(matrix) for matrix in matrices)
     return count, f"{count} non-zeros too many"

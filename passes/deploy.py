@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from iobs_onnx.site import Patches, Site
+from iobs_onnx.passes.ops.recurrent import RECURRENT
+from iobs_onnx.site import Patches, Site, TransposedPatches
 
 # TensorRT's dense kernels win below this many input or output channels (fp16 and int8).
 _PICKED_ABOVE = 256
-# cuSPARSELt takes fp16 and bf16 matrices with both dimensions a multiple of this.
-_CUSPARSELT = 16
+# cuSPARSELt takes matrices with both dimensions a multiple of this: fp16 and bf16, int8.
+_CUSPARSELT = {False: 16, True: 32}
 
 
 def eligibility_2_4(site: Site) -> tuple[bool, str]:
@@ -17,16 +18,22 @@ def eligibility_2_4(site: Site) -> tuple[bool, str]:
     consecutive input channels at each kernel position of a convolution.
     """
     inputs, outputs = site.run, site.out_features * site.groups
-    is_conv = isinstance(site.taps[0].form, Patches)
+    form = site.taps[0].form
+    if site.op_type in RECURRENT:
+        return False, f"no known engine uses 2:4 weights of {site.op_type}"
+    if isinstance(form, TransposedPatches):
+        return False, "no known engine uses 2:4 weights of transposed convolutions"
+    is_conv = isinstance(form, Patches)
     along = "input channels at each kernel position" if is_conv else "inputs"
     if inputs % 4:
         return False, f"{inputs} {along} (axis {site.axis}) are not a multiple of 4"
     if site.groups > 1:
-        hint = "grouped convolutions are seldom picked"
+        hint = "grouped convolutions and batched products are seldom picked"
     elif min(inputs, outputs) > _PICKED_ABOVE:
         hint = f"likely picked in fp16 or int8: {inputs} in and {outputs} out exceed 256"
     else:
         hint = f"seldom picked: {inputs} in and {outputs} out do not both exceed 256"
-    if inputs % _CUSPARSELT or outputs % _CUSPARSELT:
-        hint += "; cuSPARSELt wants multiples of 16"
+    multiple = _CUSPARSELT[site.quantized is not None]
+    if inputs % multiple or outputs % multiple:
+        hint += f"; cuSPARSELt wants multiples of {multiple}"
     return True, f"{inputs} {along} (axis {site.axis}) are a multiple of 4; {hint}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from iobs_onnx.errors import ModelError, OptionError
-from iobs_onnx.passes import protos
-from iobs_onnx.passes.tensors import all_nodes, slots
+from iobs_onnx.passes import aside, protos, trace
+from iobs_onnx.passes.tensors import slots
 
-# protobuf refuses files of 2 GiB; this leaves room for all that is not a tensor.
+PROTOBUF_LIMIT = 2**31 - 1
+# Leaves room below that limit for all that is not a tensor.
 MAX_INLINE_BYTES = 2_000_000_000
 # Smaller tensors (shapes, axes, scalars) stay in the model, where runtimes want them.
 _MIN_EXTERNAL_BYTES = 1024
@@ -37,9 +39,9 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir
     External tensors stay memory-mapped; the tensors of a `ModelProto` or `ir.Model` are shared.
 
     Raises:
-        ModelError: the file is missing, empty or no ONNX; the model holds what would be lost on
-            the way (sparse tensors, training information) or is not sorted; external data are
-            missing, too short, or outside the model's folder.
+        ModelError: the file is missing, empty or no ONNX; tensors do not fit their shapes; the
+            model holds what would be lost on the way or is not sorted; external data are missing,
+            too short, or outside the model's folder.
     """
     path: Path | None = None
     if isinstance(model, ir.Model):
@@ -135,6 +137,15 @@ def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
 
 def _read(path: Path, label: str) -> onnx.ModelProto:
     try:
+        status = path.stat()
+        # A pipe may never end, a device never does.
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{label}: not a regular file; give the path of an .onnx file")
+        if status.st_size > PROTOBUF_LIMIT:
+            raise ModelError(
+                f"{label}: {status.st_size} bytes, more than protobuf reads (2 GB); save it with "
+                "external data"
+            )
         return onnx.load_model(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise ModelError(f"{label}: cannot be read ({error.strerror}); check the path") from error
@@ -144,41 +155,56 @@ def _read(path: Path, label: str) -> onnx.ModelProto:
 
 def _require_connected(model: ir.Model, label: str) -> None:
     """Refuse graphs that read what nothing computes, or read it before it is computed."""
-    seen: set[ir.Node] = set()
-    for node in all_nodes(model):
+    done: set[ir.Node] = set()
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for part in parts:
+        _require_order(part, done, label)
+
+
+def _require_order(scope: ir.Graph | ir.Function, done: set[ir.Node], label: str) -> None:
+    for node in scope:
         for value in node.inputs:
-            if value is None:
-                continue
-            _require_source(value, label)
-            producer = value.producer()
-            if producer is not None and producer not in seen:
-                raise ModelError(
-                    f"{label}: node {node.name!r} stands before {producer.name!r}, whose output "
-                    "it reads; sort the nodes (onnx_ir.passes.common.TopologicalSortPass)"
-                )
-        seen.add(node)
-    for graph in model.graphs():
-        for value in graph.outputs:
-            _require_source(value, label)
+            if value is not None:
+                _require_source(value, f"node {node.name!r}", done, label)
+        # A body may not read what its own node puts out.
+        for body in trace.subgraphs(node):
+            _require_order(body, done, label)
+        done.add(node)
+    for value in scope.outputs:
+        _require_source(value, "an output", done, label)
 
 
-def _require_source(value: ir.Value, label: str) -> None:
-    if value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
+def _require_source(value: ir.Value, reader: str, done: set[ir.Node], label: str) -> None:
+    producer = value.producer()
+    if producer is None and not (value.is_graph_input() or value.is_initializer()):
         raise ModelError(
             f"{label}: {value.name!r} is read, but nothing in its graph computes it; mend the model"
+        )
+    if producer is not None and producer not in done:
+        raise ModelError(
+            f"{label}: {reader} stands before {producer.name!r}, whose output it reads; sort the "
+            "nodes (onnx_ir.passes.common.TopologicalSortPass), or mend them if they form a circle"
         )
 
 
 def _require_data(tensor: ir.ExternalTensor, label: str) -> None:
     location = os.fspath(tensor.location)
-    folder = Path(tensor.base_dir).resolve()
-    file = Path(folder, location).resolve()
-    what = f"{label}: external data file {location!r} of tensor {tensor.name!r}"
+    what = f"{label}: external data file {location!r:.200} of tensor {tensor.name!r}"
+    if "\0" in location:
+        raise ModelError(f"{what} is no name of a file; mend the model")
+    # Unlike Path.resolve, these do not raise where links run in a circle.
+    folder = os.path.realpath(tensor.base_dir)
+    file = Path(os.path.realpath(os.path.join(folder, location)))
     if not file.is_relative_to(folder):
         raise ModelError(f"{what} leaves the model's folder; copy it there, links resolved")
-    if not file.is_file():
-        raise ModelError(f"{what} is missing; put it beside the model")
-    status = file.stat()
+    try:
+        status = file.stat()
+    except FileNotFoundError as error:
+        raise ModelError(f"{what} is missing; put it beside the model") from error
+    except OSError as error:
+        raise ModelError(f"{what} cannot be read ({error.strerror}); check it") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError(f"{what} is not a regular file; put the data beside the model")
     if status.st_nlink > 1:
         raise ModelError(f"{what} has several hard links, which onnx_ir refuses; copy it")
     start = tensor.offset or 0
@@ -196,7 +222,8 @@ def _output_files(model: ir.Model, path: str | os.PathLike[str]) -> tuple[Path, 
     data = target.with_name(f"{target.name}.data")
     if not target.parent.is_dir():
         raise OptionError(f"output {path}: folder {target.parent} does not exist; create it")
-    inline_bytes = sum(slot.tensor.nbytes for slot in slots(model))
+    inline = (slot for slot in slots(model) if not aside.stays_sparse(slot))
+    inline_bytes = sum(slot.tensor.nbytes for slot in inline)
     external = (
         _origin(model).external or bool(_external_tensors(model)) or inline_bytes > MAX_INLINE_BYTES
     )
@@ -222,6 +249,8 @@ def _externalize(model: ir.Model, folder: str, name: str) -> None:
     large = []
     for slot in slots(model):
         tensor = slot.tensor
+        if aside.stays_sparse(slot):
+            continue
         is_raw = slot.attribute is None and tensor.dtype != ir.DataType.STRING
         if is_raw and tensor.nbytes >= _MIN_EXTERNAL_BYTES:
             large.append(slot)

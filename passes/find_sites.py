@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from iobs_onnx.passes import names, trace
 from iobs_onnx.passes.candidates import PRUNABLE_DTYPES, Candidate, find_candidates
-from iobs_onnx.passes.ops import OP_HANDLERS, UNSUPPORTED_OPERANDS, Use
-from iobs_onnx.site import Candidates, Declined, Site, Tap
+from iobs_onnx.passes.follow import INTEGERS, Path
+from iobs_onnx.passes.layout import Layout
+from iobs_onnx.passes.ops import OP_HANDLERS, Use, unsupported, weight_operands
+from iobs_onnx.passes.prepare import tap_value
+from iobs_onnx.site import Candidates, Declined, Quantized, Site, Tap
+
+
+@dataclass(frozen=True)
+class _Uses:
+    """How the nodes of a site multiply by its tensor, and what its integers stand for."""
+
+    described: list[tuple[ir.Node, Use]]
+    quantized: Quantized | None
+
+
+_WANTED = "only floats, and integers behind DequantizeLinear, are pruned"
 
 
 def find_sites(model: ir.Model) -> Candidates:
@@ -17,7 +32,8 @@ def find_sites(model: ir.Model) -> Candidates:
 
     A candidate is a constant operand of an operator that multiplies by weights. A weight that
     several nodes read becomes one site when all of them multiply by it in one orientation.
-    Only shapes and dtypes are read: no weight is loaded. Time is linear in the graph's size.
+    Only shapes, dtypes and quantization scales are read: no weight is loaded. Time is linear in
+    the graph's size. A tap may name a value that :func:`iobs_onnx.passes.prepare` has yet to make.
 
     Args:
         model: unchanged by this call.
@@ -44,7 +60,7 @@ def find_sites(model: ir.Model) -> Candidates:
 
 def _judge(
     candidate: Candidate, model: ir.Model, constant: set[ir.Value]
-) -> dict[ir.Node, Use] | tuple[ir.Value, str]:
+) -> _Uses | tuple[ir.Value, str]:
     """Return how each node multiplies by the tensor, or the stored tensor and a reason."""
     source = candidate.source
     tensor = trace.stored_tensor(source)
@@ -52,16 +68,15 @@ def _judge(
         return _behind(source)
     if source.graph is not model.graph:
         return source, candidate.place
-    if tensor.dtype not in PRUNABLE_DTYPES:
+    if tensor.dtype not in PRUNABLE_DTYPES | INTEGERS:
         # The operator is the better reason where its dtype follows from it.
         for node in candidate.nodes:
-            if (node.domain, node.op_type) in UNSUPPORTED_OPERANDS:
-                return source, "operator not yet supported"
-        return source, f"dtype {tensor.dtype.name}: only floating-point weights are pruned"
-    shape = tuple(tensor.shape.numpy())
-    if 0 in shape:
+            if (reason := unsupported(node)) is not None:
+                return source, reason
+        return source, f"dtype {tensor.dtype.name}: {_WANTED}"
+    if 0 in tensor.shape.numpy():
         return source, "empty tensor"
-    uses = _uses(source, shape, model, constant)
+    uses = _uses(source, tensor, model, constant)
     return (source, uses) if isinstance(uses, str) else uses
 
 
@@ -78,38 +93,44 @@ def _behind(source: ir.Value) -> tuple[ir.Value, str]:
 
 
 def _uses(
-    source: ir.Value, shape: tuple[int, ...], model: ir.Model, constant: set[ir.Value]
-) -> dict[ir.Node, Use] | str:
-    """Describe every reader in the axes of the stored tensor, or say what forbids pruning."""
-    found = list(trace.readings(source, len(shape)))
-    uses: dict[ir.Node, Use] = {}
+    source: ir.Value, tensor: ir.TensorProtocol, model: ir.Model, constant: set[ir.Value]
+) -> _Uses | str:
+    """Describe every reader by the layout of the stored tensor, or say what forbids pruning."""
+    found = list(trace.readings(source, tensor))
+    uses: list[tuple[ir.Node, Use]] = []
+    grids: dict[Quantized | None, None] = {}
     for reading in found:
         if (reason := _foreign(reading, model)) is not None:
             return reason
         node = reading.node
         assert node is not None, "the graph itself is a foreign reader"
-        use = _use(node, reading, shape)
-        if isinstance(use, Use) and (use.activation.is_initializer() or use.activation in constant):
+        assert isinstance(reading.path, Path), "a node that cannot be followed is a foreign reader"
+        use = _use(node, reading.index, reading.path)
+        if isinstance(use, Use) and _is_constant(use.reads[0].value, constant):
             use = "both operands are constant"
         if isinstance(use, str):
             return use if len(found) == 1 else f"shared, and at {_called(node)}: {use}"
-        uses[node] = use
-    first_node, first = next(iter(uses.items()))
-    for node, use in uses.items():
-        if (use.perm, use.axis, use.groups) != (first.perm, first.axis, first.groups):
+        uses.append((node, use))
+        grids[reading.path.quantized] = None
+    first_node, first = uses[0]
+    for node, use in uses:
+        if use.matrices.simplest() != first.matrices.simplest():
             return f"shared in two orientations, by {_called(first_node)} and {_called(node)}"
-    return uses
+    if len(grids) > 1:
+        return "dequantized in two ways"
+    return _Uses(uses, *grids)
 
 
-def _use(node: ir.Node, reading: trace.Reading, shape: tuple[int, ...]) -> Use | str:
-    handler = OP_HANDLERS.get((node.domain, node.op_type))
-    if handler is None:
-        return "operator not yet supported"
-    use = handler.describe(node, reading.index, tuple(shape[axis] for axis in reading.perm))
-    if isinstance(use, str):
-        return use
-    perm = tuple(reading.perm[axis] for axis in use.perm)
-    return Use(use.activation, use.form, perm, reading.perm[use.axis], use.groups)
+def _use(node: ir.Node, index: int, path: Path) -> Use | str:
+    if (reason := unsupported(node)) is not None:
+        return reason
+    if path.integer or path.grid is not None:
+        return f"an integer at the node that multiplies by it: {_WANTED}"
+    return OP_HANDLERS[node.domain, node.op_type].describe(node, index, path.layout)
+
+
+def _is_constant(value: ir.Value, constant: set[ir.Value]) -> bool:
+    return value.is_initializer() or value in constant
 
 
 def _foreign(reading: trace.Reading, model: ir.Model) -> str | None:
@@ -117,27 +138,31 @@ def _foreign(reading: trace.Reading, model: ir.Model) -> str | None:
     node = reading.node
     if node is None:
         return f"also a graph output, {reading.value.name!r}"
+    if isinstance(reading.path, str):
+        return reading.path
     if node.graph is not model.graph:
         return f"captured by a subgraph, in which {_called(node)} reads it"
-    key = (node.domain, node.op_type)
     if node.op_identifier() in model.functions:
         return (
             f"passed to the model-local function {node.op_type}: "
             "inline the functions first (onnx.inliner)"
         )
-    handler = OP_HANDLERS.get(key)
-    operands = handler.operands if handler else UNSUPPORTED_OPERANDS.get(key, ())
-    return None if reading.index in operands else f"also read by {_called(node)}"
+    return None if reading.index in weight_operands(node) else f"also read by {_called(node)}"
 
 
-def _site(name: str, candidate: Candidate, uses: dict[ir.Node, Use]) -> Site:
+def _site(name: str, candidate: Candidate, uses: _Uses) -> Site:
     tensor = trace.stored_tensor(candidate.source)
     assert tensor is not None, "a site has a stored tensor"
     shape = tuple(tensor.shape.numpy())
-    use = next(iter(uses.values()))
-    in_features = math.prod(shape[axis] for axis in use.perm[1:])
+    matrices = uses.described[0][1].matrices
+    groups, outputs, inputs = matrices.shape
+    view, perm = matrices.view()
     # A dict drops equal taps and keeps their order.
-    taps = {Tap(u.activation.name or "", u.form, in_features): None for u in uses.values()}
+    taps = {
+        Tap(tap_value(read), read.form, inputs): None
+        for _, use in uses.described
+        for read in use.reads
+    }
     return Site(
         name=name,
         nodes=tuple(names.node_reference(node) for node in candidate.nodes),
@@ -145,13 +170,26 @@ def _site(name: str, candidate: Candidate, uses: dict[ir.Node, Use]) -> Site:
         initializer=candidate.source.name or "",
         shape=shape,
         dtype=tensor.dtype.name,
-        axis=use.axis,
-        perm=use.perm,
-        groups=use.groups,
-        out_features=shape[use.perm[0]] // use.groups,
-        in_features=in_features,
+        axis=_grouped_axis(shape, matrices),
+        perm=perm,
+        groups=groups,
+        out_features=outputs,
+        in_features=inputs,
         taps=tuple(taps),
+        view=None if view == shape else view,
+        quantized=uses.quantized,
     )
+
+
+def _grouped_axis(shape: tuple[int, ...], matrices: Layout) -> int:
+    """Return the stored axis in which the last inputs of `W` lie."""
+    last = matrices.axes[2][-1:]
+    stored = Layout.of(shape).axes
+    if last in stored:
+        return stored.index(last)
+    # A part of an axis: the outermost whose elements are no further apart.
+    apart = last[0][1] if last else 1
+    return next(axis for axis in range(len(shape)) if math.prod(shape[axis + 1 :]) <= apart)
 
 
 def _declined(name: str, candidate: Candidate, stored: ir.Value, reason: str) -> Declined:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -87,3 +88,14 @@ def stored_slots(model: ir.Model) -> dict[str, Slot]:
     constants = (node.outputs[0] for node in model.graph if node.op_type == "Constant")
     values = [*model.graph.initializers.values(), *constants]
     return {value.name or "": slot for value in values if (slot := stored_slot(value)) is not None}
+
+
+def release(model: ir.Model, names: Iterable[str]) -> None:
+    """Unmap external tensors of the main graph; they are mapped again when they are read."""
+    stored = model.graph.initializers
+    for name in names:
+        tensor = stored[name].const_value if name in stored else None
+        if isinstance(tensor, ir.ExternalTensor):
+            # A view that is still held keeps the old mapping until it goes.
+            with suppress(BufferError):
+                tensor.release()

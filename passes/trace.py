@@ -1,7 +1,7 @@
 """Where a weight operand is stored, and who else reads the stored tensor.
 
-Weights are followed through Transpose, Identity and Cast (float to float): these move or
-round values but neither mix nor scale them, so a zero stored is a zero multiplied by.
+Weights are followed through operators that move, round or scale values but never mix them
+(:mod:`iobs_onnx.passes.follow`), so a zero stored is a zero multiplied by.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from iobs_onnx.passes.follow import Path, follow, followed_input
 from iobs_onnx.passes.tensors import stored_slot
 
 # Operators that read a tensor's shape and never its values.
@@ -19,15 +20,16 @@ _SHAPE_READERS = frozenset({"Shape", "Size"})
 
 @dataclass(frozen=True)
 class Reading:
-    """One final reader of a stored tensor, past any Transpose, Identity and Cast.
+    """One final reader of a stored tensor, past any operator that is followed.
 
-    `perm` gives the operand in stored axes: `operand = stored.transpose(perm)`.
-    A `node` of None is the graph itself, which returns the tensor as an output.
+    `path` says how the operand comes from the stored tensor; text instead of a path is why
+    `node`, which would be followed, cannot be. A `node` of None is the graph itself, which
+    returns the tensor as an output.
     """
 
     node: ir.Node | None
     index: int
-    perm: tuple[int, ...]
+    path: Path | str
     value: ir.Value
 
 
@@ -39,29 +41,26 @@ def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
 
 def stored_source(value: ir.Value) -> ir.Value:
     """Walk back from an operand through followed operators; return where that ends."""
-    while (node := value.producer()) is not None and _follows(node):
-        source = node.inputs[0]
-        if source is None:
-            break
+    while (node := value.producer()) is not None and (source := followed_input(node)) is not None:
         value = source
     return value
 
 
-def readings(stored: ir.Value, rank: int) -> Iterator[Reading]:
-    """Yield every final reader of a stored tensor of `rank` axes, in order of discovery."""
-    pending = [(stored, tuple(range(rank)))]
+def readings(stored: ir.Value, tensor: ir.TensorProtocol) -> Iterator[Reading]:
+    """Yield every final reader of the stored tensor `tensor`, in order of discovery."""
+    pending = [(stored, Path.of(tensor))]
     while pending:
-        value, perm = pending.pop(0)
+        value, path = pending.pop(0)
         if value.is_graph_output():
-            yield Reading(None, 0, perm, value)
+            yield Reading(None, 0, path, value)
         for node, index in value.uses():
             if node.domain == "" and node.op_type in _SHAPE_READERS:
                 continue
-            moved = _moved(node, perm) if node.graph is stored.graph else None
-            if moved is None:
-                yield Reading(node, index, perm, value)
-            else:
+            moved = follow(node, index, path) if node.graph is stored.graph else None
+            if isinstance(moved, Path):
                 pending.append((node.outputs[0], moved))
+            else:
+                yield Reading(node, index, path if moved is None else moved, value)
 
 
 def constant_values(graph: ir.Graph | ir.Function) -> set[ir.Value]:
@@ -91,23 +90,9 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _follows(node: ir.Node) -> bool:
-    if node.domain != "" or not node.inputs:
-        return False
-    if node.op_type == "Cast":
-        target = node.attributes.get("to")
-        if target is None or target.is_ref():
-            return False
-        return ir.DataType(target.as_int()).is_floating_point()
-    return node.op_type in ("Transpose", "Identity")
-
-
-def _moved(node: ir.Node, perm: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the stored axes of a node's output given those of its input, None if not followed."""
-    if not _follows(node):
-        return None
-    if node.op_type != "Transpose":
-        return perm
-    order = node.attributes.get_ints("perm") or range(len(perm) - 1, -1, -1)
-    # A Transpose that does not fit its operand is left to the checker of the model.
-    return tuple(perm[axis] for axis in order) if len(set(order)) == len(perm) else None
+def read_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield the inputs of a node and of all nodes in its bodies, at any depth."""
+    yield from (value for value in node.inputs if value is not None)
+    for body in subgraphs(node):
+        for inner in body.all_nodes():
+            yield from (value for value in inner.inputs if value is not None)

@@ -6,25 +6,24 @@ writes them there and torch reads them in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.hessian import GramAccumulator, Hessian, exact_float32
-from iobs_onnx.runtime.data import default_pad_mask
-from iobs_onnx.runtime.feeds import Feed
+from iobs_onnx.hessian import (
+    Cross,
+    CrossAccumulator,
+    GramAccumulator,
+    Hessian,
+    exact_float32,
+)
+from iobs_onnx.runtime.executor import Batch
 from iobs_onnx.runtime.patches import read_rows
-from iobs_onnx.runtime.session import input_specs, on_cuda, run_errors
-from iobs_onnx.site import Rows, Tap
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from iobs_onnx.site import Patches, Rows, Tap
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class Calibration:
 
     Attributes:
         hessians: one for each tap; `hessians[tap].rows` counts its rows.
+        residuals: for a tap and the stream beside it, `(r_d − r_s)ᵀx_s / n` and its mean; absent
+            where the two have not the same rows.
         batches: feeds that went through the model.
         padding_excluded: whether any feed held padding and rows were dropped for it.
         padding_kept: taps whose rows include padding, because the shape of the activation does
@@ -40,98 +41,91 @@ class Calibration:
     """
 
     hessians: dict[Tap, Hessian]
+    residuals: dict[tuple[Tap, Tap], Cross]
     batches: int
     padding_excluded: bool
     padding_kept: tuple[Tap, ...]
 
 
 def calibrate(
-    session: ort.InferenceSession,
     taps: Sequence[Tap],
-    batches: Iterable[Feed],
+    batches: Iterable[Batch],
+    dense: Iterable[Batch] | None = None,
     *,
-    mask_padding: bool = True,
+    beside: Collection[tuple[Tap, Tap]] = (),
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> Calibration:
-    """Run an instrumented model over the feeds and return the Hessian of every tap.
+    """Return the Hessian of every tap over all batches.
 
     Args:
-        session: a session whose outputs include the value of every tap.
         taps: what to collect; several may read one value.
-        batches: feeds, iterated once.
-        mask_padding: leave out the rows of positions where the feed's `attention_mask` is 0.
+        batches: the values of the taps, iterated once. Rows of positions whose mask is False are
+            left out, and those of a batch count as often as its weight says.
+        dense: the same of the dense model, where it differs: its drift is then collected too.
+        beside: pairs of a tap and the stream `r` that its site's output is added to; only where
+            `dense` is given.
         device: where the Hessians are summed and stay.
-        progress: called after every batch with the number of batches done.
+        progress: called after every batch.
 
     Raises:
-        DataError: there is no feed, every row is padding, or an activation holds NaN or Inf.
-        ModelError: a tap's value is no output of the session or has not the shape its weight
-            multiplies, or ONNX Runtime cannot run a feed.
+        DataError: there is no batch, every row is padding, or an activation holds NaN or Inf.
+        ModelError: a tap's value has not the shape its weight multiplies.
     """
-    if not taps:
-        raise ModelError("there is nothing to calibrate: no weight of the model is to be pruned")
-    outputs = {arg.name for arg in session.get_outputs()}
-    if missing := [tap.value for tap in taps if tap.value not in outputs]:
-        raise ModelError(f"activation {missing[0]!r} is no output of the instrumented model")
     device = torch.device(device)
-    pad_mask = default_pad_mask(input_specs(session)) if mask_padding else None
-    runner = _Runner(session, tuple({tap.value: None for tap in taps}), device)
-    collector = _Collector(taps, device)
+    collector = _Collector(taps, tuple(beside) if dense is not None else (), device)
     done = 0
     with exact_float32(), collector:
-        for feed in batches:
-            mask = None if pad_mask is None or pad_mask not in feed else feed[pad_mask] != 0
-            collector.add(runner.run(feed), mask, done)
+        # The dense model goes first: the other may read what it has just computed.
+        pairs = (
+            zip(dense, batches, strict=True) if dense is not None else ((None, b) for b in batches)
+        )
+        for reference, batch in pairs:
+            collector.add(batch, reference, done)
             done += 1
             if progress is not None:
-                progress(done)
+                progress()
     if not done:
         raise DataError("calibration data: there are no feeds")
     return collector.result(done)
 
 
-class _Runner:
-    """Runs feeds and hands the wanted outputs to torch without a copy."""
+@dataclass(frozen=True)
+class _Job:
+    """A share of one sum; `left` is the tap whose drift is the left factor, None for `XᵀX`."""
 
-    def __init__(
-        self, session: ort.InferenceSession, values: Sequence[str], device: torch.device
-    ) -> None:
-        self._session = session
-        self._values = values
-        # ONNX Runtime copies to the host itself where the sums are made there.
-        self._where = "cuda" if device.type == "cuda" and on_cuda(session) else "cpu"
-
-    def run(self, feed: Feed) -> dict[str, torch.Tensor]:
-        binding = self._session.io_binding()
-        with run_errors():
-            for name, array in feed.items():
-                binding.bind_cpu_input(name, np.asarray(array, order="C"))
-            for value in self._values:
-                binding.bind_output(value, self._where)
-            self._session.run_with_iobinding(binding)
-        # Each tensor keeps its ONNX Runtime buffer alive, and nothing else does.
-        outputs = map(from_dlpack, binding.get_outputs())
-        return dict(zip(self._values, outputs, strict=True))
+    tap: Tap
+    left: Tap | None
+    part: int
+    parts: int
 
 
 class _Collector:
-    """Adds the rows of every tap to its accumulator, on a pool of single-threaded workers.
+    """Adds the rows of every tap to its sums, on a pool of single-threaded workers.
 
     A threaded BLAS call for each tap would wake and join its threads some thousand times next to
-    ONNX Runtime's own: several times slower on a busy machine. Here each worker takes whole taps,
+    ONNX Runtime's own: several times slower on a busy machine. Here each worker takes whole sums,
     the large ones split into parts so that none holds up the rest.
     """
 
-    def __init__(self, taps: Sequence[Tap], device: torch.device) -> None:
+    def __init__(
+        self, taps: Sequence[Tap], beside: Sequence[tuple[Tap, Tap]], device: torch.device
+    ) -> None:
         self._device = device
-        self._sums = {tap: GramAccumulator(tap.features, tap.groups, device) for tap in taps}
+        self._grams = {tap: GramAccumulator(tap.features, tap.groups, device) for tap in taps}
+        self._drifts: dict[Tap, CrossAccumulator] = {}
+        self._beside = {
+            (tap, other): CrossAccumulator(other.features, tap.features, tap.groups, device)
+            for tap, other in beside
+        }
         self._kept: dict[Tap, None] = {}
         self._excluded = False
         self._threads = torch.get_num_threads()
-        workers = self._threads if device.type == "cpu" else 1
-        self._jobs = _jobs(self._sums, workers)
-        self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        self._workers = self._threads if device.type == "cpu" else 1
+        self._jobs: list[_Job] = []
+        self._pool = ThreadPoolExecutor(
+            self._workers, initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def __enter__(self) -> None:
         pass
@@ -141,27 +135,35 @@ class _Collector:
         # A worker's setting is also the default of threads that torch has not seen yet.
         torch.set_num_threads(self._threads)
 
-    def add(
-        self, activations: dict[str, torch.Tensor], mask: np.ndarray | None, batch: int
-    ) -> None:
-        keep = None if mask is None or mask.all() else torch.from_numpy(mask)
-        keeps: dict[Tap, torch.Tensor | None] = dict.fromkeys(self._sums)
-        if keep is not None:
-            for tap in self._sums:
-                keeps[tap] = _matching(keep, activations[tap.value], tap)
-                if keeps[tap] is None:
-                    self._kept[tap] = None
-                else:
-                    self._excluded = True
+    def add(self, batch: Batch, dense: Batch | None, index: int) -> None:
+        """Add one batch; `dense` is given with every batch or with none."""
+        if dense is not None and not self._drifts:
+            self._drifts = {
+                tap: CrossAccumulator(tap.features, tap.features, tap.groups, self._device)
+                for tap in self._grams
+            }
+        keeps = self._keeps(batch)
+        for tap, other in list(self._beside):
+            if not _same_rows(tap, other, batch):
+                del self._beside[tap, other]
+                self._jobs = []
+        self._jobs = self._jobs or self._share_out()
 
-        def work(job: tuple[Tap, int, int]) -> None:
-            tap, part, parts = job
-            sums = self._sums[tap]
-            activation = activations[tap.value].to(self._device)
-            for rows in read_rows(activation, tap, keeps[tap]):
-                sums.add(rows, part, parts)
-            if not sums.finite(part, parts):
-                raise DataError(_not_finite(activation, tap, batch))
+        def work(job: _Job) -> None:
+            tap, share = job.tap, {"part": job.part, "parts": job.parts}
+            activation = batch.values[tap.value].to(self._device)
+            rows = read_rows(activation, tap, keeps[tap])
+            if job.left is None:
+                for chunk in rows:
+                    self._grams[tap].add(chunk, batch.weight, **share)
+                if not self._grams[tap].finite(job.part, job.parts):
+                    raise DataError(_not_finite(activation, tap, index))
+                return
+            assert dense is not None, "a drift is summed only with the dense model's values"
+            sums = self._drifts[tap] if job.left is tap else self._beside[tap, job.left]
+            lefts = self._away(job.left, keeps[tap], dense, batch)
+            for left, chunk in _in_step(lefts, rows):
+                sums.add(left, chunk, batch.weight, **share)
 
         for _ in self._pool.map(work, self._jobs):
             pass
@@ -169,20 +171,94 @@ class _Collector:
             # ONNX Runtime reuses the buffers on a stream of its own.
             torch.cuda.synchronize(self._device)
 
+    def _keeps(self, batch: Batch) -> dict[Tap, torch.Tensor | None]:
+        """Return for each tap the mask of rows that are no padding, None to keep all."""
+        keeps: dict[Tap, torch.Tensor | None] = dict.fromkeys(self._grams)
+        if batch.mask is None or batch.mask.all():
+            return keeps
+        for tap in self._grams:
+            mask = torch.from_numpy(batch.mask)
+            keeps[tap] = _matching(mask, batch.values[tap.value], tap)
+            if keeps[tap] is None:
+                self._kept[tap] = None
+            else:
+                self._excluded = True
+        return keeps
+
+    def _away(
+        self, tap: Tap, keep: torch.Tensor | None, dense: Batch, batch: Batch
+    ) -> Iterator[torch.Tensor]:
+        """Yield the rows of `x_d − x_s`."""
+        ours, theirs = (b.values[tap.value].to(self._device).float() for b in (batch, dense))
+        if ours.shape != theirs.shape:
+            raise ModelError(
+                f"activation {tap.value!r} has shape {tuple(ours.shape)} in the pruned model and "
+                f"{tuple(theirs.shape)} in the dense one: its size depends on the data; "
+                "use target layer"
+            )
+        return read_rows(theirs - ours, tap, keep)
+
+    def _share_out(self) -> list[_Job]:
+        """Return the jobs, the largest first, none larger than a worker's fair share."""
+        sums: list[tuple[Tap, Tap | None, GramAccumulator | CrossAccumulator]] = [
+            *((tap, None, gram) for tap, gram in self._grams.items()),
+            *((tap, tap, cross) for tap, cross in self._drifts.items()),
+            *((tap, other, cross) for (tap, other), cross in self._beside.items()),
+        ]
+        # A drift is a full product, a Gram matrix half of one.
+        cost = [
+            tap.groups * tap.features * (left.features if left else tap.features / 2)
+            for tap, left, _ in sums
+        ]
+        share = sum(cost) / self._workers
+        jobs = []
+        for i in sorted(range(len(sums)), key=cost.__getitem__, reverse=True):
+            tap, left, total = sums[i]
+            parts = min(total.parts, math.ceil(cost[i] / share))
+            jobs += [_Job(tap, left, part, parts) for part in range(parts)]
+        return jobs
+
     def result(self, batches: int) -> Calibration:
-        hessians = {tap: sums.finish() for tap, sums in self._sums.items()}
-        return Calibration(hessians, batches, self._excluded, tuple(self._kept))
+        hessians = {tap: gram.finish() for tap, gram in self._grams.items()}
+        for tap, cross in self._drifts.items():
+            hessians[tap] = replace(hessians[tap], drift=cross.finish())
+        residuals = {pair: cross.finish() for pair, cross in self._beside.items()}
+        return Calibration(hessians, residuals, batches, self._excluded, tuple(self._kept))
 
 
-def _jobs(sums: dict[Tap, GramAccumulator], workers: int) -> list[tuple[Tap, int, int]]:
-    """Return (tap, part, parts), the largest first, none larger than a worker's fair share."""
-    cost = {tap: tap.groups * tap.features**2 for tap in sums}
-    share = sum(cost.values()) / workers
-    jobs = []
-    for tap in sorted(sums, key=cost.__getitem__, reverse=True):
-        parts = min(sums[tap].parts, -int(-cost[tap] // share))
-        jobs += [(tap, part, parts) for part in range(parts)]
-    return jobs
+def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
+    """Whether the stream beside a tap has a row for each of the site's output."""
+    x, r = batch.values[tap.value], batch.values[other.value]
+    if isinstance(tap.form, Patches):
+        space = _output_space(tuple(x.shape[2:]), tap.form)
+        return tuple(r.shape) == (x.shape[0], other.features, *space)
+    return tuple(r.shape) == (*x.shape[:-1], other.features)
+
+
+def _output_space(space: tuple[int, ...], form: Patches) -> tuple[int, ...]:
+    """Return the size of a convolution's output along each spatial axis."""
+    rank = len(space)
+    sizes = []
+    for axis, size in enumerate(space):
+        stride = form.strides[axis]
+        if form.auto_pad.startswith("SAME"):
+            sizes.append(-(-size // stride))
+            continue
+        padded = size + (form.pads[axis] + form.pads[rank + axis])
+        span = (form.kernel[axis] - 1) * form.dilations[axis] + 1
+        sizes.append((padded - span) // stride + 1)
+    return tuple(sizes)
+
+
+def _in_step(
+    left: Iterator[torch.Tensor], rows: Iterator[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield both in chunks of equal length; they are cut at different places."""
+    held = torch.cat(list(left), dim=1)
+    start = 0
+    for chunk in rows:
+        yield held[:, start : start + chunk.shape[1]], chunk
+        start += chunk.shape[1]
 
 
 def _matching(keep: torch.Tensor, activation: torch.Tensor, tap: Tap) -> torch.Tensor | None:

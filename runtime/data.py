@@ -222,6 +222,8 @@ def _batch_size(inputs: Sequence[InputSpec], asked: int | None) -> tuple[int, bo
             f"the model's inputs have different static first dimensions {static}: give ready-made "
             "feeds, in a directory of .npz files or an iterable"
         )
+    if static[0] == 0:
+        raise DataError("the model's inputs have a static first dimension of 0: export it again")
     if asked not in (None, static[0]):
         raise OptionError(f"batch size {asked}: the model is made for batches of {static[0]}")
     return static[0], True

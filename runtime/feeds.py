@@ -7,10 +7,14 @@ with a label of the data and names the tensor at fault.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
+import struct
 import sys
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,28 @@ from iobs_onnx.runtime.session import InputSpec
 Feed: TypeAlias = dict[str, NDArray[Any]]
 
 _END = object()
+# What archives may expand to beyond their own size. Masks and token ids shrink a thousandfold.
+_MAX_EXPANDED_BYTES = 2**30
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+# What zipfile and numpy raise over damaged archives. RuntimeError: encryption, or deep nesting;
+# the last four: an array's header that is no Python literal, or not the one expected.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    SyntaxError,
+    tokenize.TokenError,
+    TypeError,
+    LookupError,
+)
 
 
 @dataclass(frozen=True)
@@ -131,14 +157,58 @@ def _check_array(value: object, spec: InputSpec, where: str, rows: bool) -> NDAr
 
 
 def _load_npz(path: Path, label: str) -> Feed:
+    """Load an archive whose arrays, sizes and types are declared honestly.
+
+    What it says it holds is read and bounded before any array is made: a few kilobytes of deflated
+    zeros, or a header alone, may declare terabytes.
+    """
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{label}: a lone array; save an .npz with one array for each input")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{label}: not a readable .npz of plain arrays: {error}") from error
+        with path.open("rb") as file:
+            if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+                raise DataError(
+                    f"{label}: a lone array; save an .npz with one array for each input"
+                )
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _require_bounded(members, path.stat().st_size, label)
+            return {
+                member.filename.removesuffix(".npy"): _load_member(archive, member, label)
+                for member in members
+            }
+    except _UNREADABLE as error:
+        fault = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{label}: not a readable .npz of plain arrays: {fault}") from error
+
+
+def _require_bounded(members: Sequence[zipfile.ZipInfo], file_size: int, label: str) -> None:
+    names = [member.filename for member in members]
+    if len(set(names)) < len(names):
+        raise DataError(f"{label}: it holds two arrays of one name; save it again")
+    total = sum(member.file_size for member in members)
+    if total > _MAX_EXPANDED_BYTES + file_size:
+        raise DataError(
+            f"{label}: {file_size} bytes that expand to {total}; save it uncompressed "
+            "(numpy.savez), or in several files"
+        )
+
+
+def _load_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, label: str) -> NDArray[Any]:
+    what = f"{label}: array {member.filename!r:.200}"
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{what} is compressed in an unknown way; save it with numpy.savez")
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in _READ_HEADER:
+            raise DataError(f"{what} is stored in format {version}, which no plain array needs")
+        shape, _, dtype = _READ_HEADER[version](stream)
+        if dtype.hasobject:
+            raise DataError(f"{what} is pickled, and loading it could run code; save plain arrays")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size != member.file_size - stream.tell():
+            raise DataError(f"{what} has not the size that its shape {shape} says; save it again")
+    with archive.open(member) as stream:
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 def _call(source: str, label: str) -> object:

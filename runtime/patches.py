@@ -1,4 +1,4 @@
-"""The rows of a layer's regression, read from an activation: vectors or receptive fields."""
+"""The rows of a layer's regression, read from an activation: vectors, states, receptive fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from iobs_onnx.errors import ModelError
-from iobs_onnx.site import Patches, Tap
+from iobs_onnx.site import Patches, PreviousStates, Rows, Stacked, Tap, TransposedPatches
 
 # Patches repeat each input value once for each kernel position; they are made in chunks of this.
 _CHUNK_BYTES = 64 << 20
@@ -30,44 +30,127 @@ def read_rows(
         ModelError: the activation has not the shape that the tap's weight multiplies.
     """
     form = tap.form
-    if isinstance(form, Patches):
-        return _patches(activation, tap, form)
+    match form:
+        case Patches():
+            return _patches(activation, tap, form)
+        case TransposedPatches():
+            return _transposed_patches(activation, tap, form)
+        case PreviousStates():
+            return iter([_previous_states(activation, tap, form)])
+        case Stacked():
+            return iter([_stacked(activation, tap, form)])
+    return iter([_vectors(activation, tap, form, keep)])
+
+
+def _vectors(
+    activation: torch.Tensor, tap: Tap, form: Rows, keep: torch.Tensor | None
+) -> torch.Tensor:
     axis = form.axis
     if not -activation.ndim <= axis < activation.ndim or activation.shape[axis] != tap.features:
-        raise ModelError(
-            f"activation {tap.value!r} has shape {tuple(activation.shape)}: its weight multiplies "
-            f"{tap.features} features along axis {axis}"
-        )
+        raise _misfit(activation, tap, f"{tap.features} features along axis {axis}")
     axis = axis % activation.ndim - activation.ndim  # from the back: masking merges leading axes
     if keep is not None:
         activation = activation[keep]
-    return iter([activation.movedim(axis, -1).reshape(1, -1, tap.features).float()])
+    return activation.movedim(axis, -1).reshape(1, -1, tap.features).float()
+
+
+def _stacked(activation: torch.Tensor, tap: Tap, form: Stacked) -> torch.Tensor:
+    wanted = f"{tap.features} features along axes {form.features}"
+    if form.batch:
+        wanted += f" for each of {form.sizes} matrices along axes {form.batch}"
+    # An axis that the activation lacks is one of length 1 in front.
+    lacking = max(-activation.ndim - min(form.batch, default=0), 0)
+    array = activation[(None,) * lacking] if lacking else activation
+    axes = (*form.batch, *form.features)
+    if not all(-array.ndim <= axis < array.ndim for axis in axes):
+        raise _misfit(activation, tap, wanted)
+    batch = [axis % array.ndim for axis in form.batch]
+    features = [axis % array.ndim for axis in form.features]
+    rows = [axis for axis in range(array.ndim) if axis not in {*batch, *features}]
+    found = [array.shape[axis] for axis in batch]
+    if prod(array.shape[axis] for axis in features) != tap.features or any(
+        here not in (1, size) for here, size in zip(found, form.sizes, strict=True)
+    ):
+        raise _misfit(activation, tap, wanted)
+    moved = array.permute(*batch, *rows, *features).float()
+    moved = moved.reshape(*found, -1, tap.features)
+    return moved.expand(*form.sizes, -1, -1).reshape(tap.groups, -1, tap.features)
+
+
+def _previous_states(activation: torch.Tensor, tap: Tap, form: PreviousStates) -> torch.Tensor:
+    directions = 2 if form.batch_first else 1
+    if activation.ndim != 4 or (activation.shape[directions], activation.shape[3]) != (
+        tap.groups,
+        tap.features,
+    ):
+        raise _misfit(
+            activation, tap, f"states of {tap.features} features in {tap.groups} directions"
+        )
+    states = activation.permute(1, 2, 0, 3) if form.batch_first else activation
+    shifted = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
+    for direction, backwards in enumerate(form.reverse):
+        if backwards:
+            shifted[:-1, direction] = states[1:, direction]
+        else:
+            shifted[1:, direction] = states[:-1, direction]
+    return shifted.movedim(1, 0).reshape(tap.groups, -1, tap.features)
 
 
 def _patches(activation: torch.Tensor, tap: Tap, form: Patches) -> Iterator[torch.Tensor]:
     rank = len(form.kernel)
     channels = tap.features // prod(form.kernel)
-    if activation.ndim != rank + 2 or activation.shape[1] != form.groups * channels:
-        raise ModelError(
-            f"activation {tap.value!r} has shape {tuple(activation.shape)}: its convolution takes "
-            f"{form.groups * channels} channels and {rank} spatial axes"
-        )
+    place = -1 if form.channels_last else 1
+    if activation.ndim != rank + 2 or activation.shape[place] != form.groups * channels:
+        raise _misfit(activation, tap, f"{form.groups * channels} channels and {rank} spatial axes")
     # Channels last, so that what is gathered for a kernel position is contiguous.
-    image = activation.float().movedim(1, -1)
-    image = pad(image, (0, 0, *_padding(activation.shape[2:], form))).contiguous()
-    for axis in range(rank):
-        span = (form.kernel[axis] - 1) * form.dilations[axis] + 1
+    image = activation.float().movedim(place, -1)
+    image = pad(image, (0, 0, *_padding(image.shape[1:-1], form))).contiguous()
+    fields = _fields(image, activation, tap, form, form.strides)
+    for chunk in _chunks(fields):
+        yield chunk.reshape(form.groups, -1, tap.features)
+
+
+def _transposed_patches(
+    activation: torch.Tensor, tap: Tap, form: TransposedPatches
+) -> Iterator[torch.Tensor]:
+    """Read an ordinary convolution's patches: of the input with zeros put between its elements."""
+    rank = len(form.kernel)
+    channels = tap.features // prod(form.kernel)
+    if activation.ndim != rank + 2 or activation.shape[1] != form.groups * channels:
+        raise _misfit(activation, tap, f"{form.groups * channels} channels and {rank} spatial axes")
+    batch, _, *space = activation.shape
+    spread = [(size - 1) * stride + 1 for size, stride in zip(space, form.strides, strict=True)]
+    image = activation.new_zeros((batch, *spread, activation.shape[1]), dtype=torch.float32)
+    every = tuple(slice(None, None, stride) for stride in form.strides)
+    image[(slice(None), *every)] = activation.movedim(1, -1).float()
+    image = pad(image, (0, 0, *_transposed_padding(space, form))).contiguous()
+    fields = _fields(image, activation, tap, form, (1,) * rank)
+    # Gathering reads the kernel backwards.
+    fields = fields.flip([-2 - axis for axis in range(rank)])
+    for chunk in _chunks(fields):
+        yield chunk.reshape(form.groups, -1, tap.features)
+
+
+def _fields(
+    image: torch.Tensor,
+    activation: torch.Tensor,
+    tap: Tap,
+    form: Patches | TransposedPatches,
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    """Return `(groups, batch, *out, *kernel, channels)` of a padded image, channels last."""
+    rank = len(form.kernel)
+    for axis, (size, dilation) in enumerate(zip(form.kernel, form.dilations, strict=True)):
+        span = (size - 1) * dilation + 1
         if image.shape[1 + axis] < span:
             raise ModelError(
                 f"activation {tap.value!r} has shape {tuple(activation.shape)}: smaller than the "
                 f"kernel {form.kernel} of its convolution"
             )
-        image = image.unfold(1 + axis, span, form.strides[axis])[..., :: form.dilations[axis]]
+        image = image.unfold(1 + axis, span, strides[axis])[..., ::dilation]
     # (batch, *out, groups * channels, *kernel) -> (groups, batch, *out, *kernel, channels)
-    fields = image.unflatten(1 + rank, (form.groups, channels)).movedim(1 + rank, 0)
-    fields = fields.movedim(2 + rank, -1)
-    for chunk in _chunks(fields):
-        yield chunk.reshape(form.groups, -1, tap.features)
+    fields = image.unflatten(1 + rank, (form.groups, -1)).movedim(1 + rank, 0)
+    return fields.movedim(2 + rank, -1)
 
 
 def _chunks(fields: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -97,3 +180,26 @@ def _padding(space: tuple[int, ...], form: Patches) -> list[int]:
             end = total - begin
         result += [begin, end]
     return result
+
+
+def _transposed_padding(space: list[int], form: TransposedPatches) -> list[int]:
+    """Return how far the spread input reaches beyond its ends; less than 0 where it is cut off."""
+    rank = len(space)
+    result: list[int] = []
+    for axis in reversed(range(rank)):
+        span = (form.kernel[axis] - 1) * form.dilations[axis] + 1
+        begin, end = form.pads[axis], form.pads[rank + axis]
+        if form.output_shape or form.auto_pad.startswith("SAME"):
+            stride = form.strides[axis]
+            outputs = form.output_shape[axis] if form.output_shape else space[axis] * stride
+            reach = (space[axis] - 1) * stride + span + form.output_padding[axis]
+            total = reach - outputs
+            begin = total // 2 if form.auto_pad == "SAME_UPPER" else total - total // 2
+            end = total - begin
+        result += [span - 1 - begin, span - 1 - end + form.output_padding[axis]]
+    return result
+
+
+def _misfit(activation: torch.Tensor, tap: Tap, wanted: str) -> ModelError:
+    shape = tuple(activation.shape)
+    return ModelError(f"activation {tap.value!r} has shape {shape}: its weight multiplies {wanted}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,20 +32,16 @@ _CUDA_OPTIONS = {"use_tf32": "0"}
 # Levels of ONNX Runtime's log. Its errors come back as exceptions, so it need not print them.
 _ERROR, _FATAL = 3, 4
 _PROTOBUF_LIMIT = 2**31 - 1
-_NUMPY = {
-    "tensor(bool)": np.bool_,
-    "tensor(int8)": np.int8,
-    "tensor(int16)": np.int16,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-    "tensor(uint8)": np.uint8,
-    "tensor(uint16)": np.uint16,
-    "tensor(uint32)": np.uint32,
-    "tensor(uint64)": np.uint64,
-    "tensor(float16)": np.float16,
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-}
+# Smaller tensors stay in the message: shapes and axes, whose values ONNX Runtime must see.
+_PASSED_BESIDE = 1024
+# Element types that a feed, and a weight passed beside the message, can have.
+PLAIN = frozenset(
+    {
+        *(ir.DataType.BOOL, ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE),
+        *(ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64),
+        *(ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64),
+    }
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +65,9 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
 
     Args:
         model: a file, or a model in memory. External data is found beside the file; an
-            `onnx_ir.Model` knows its folder, a `ModelProto` means the working directory.
+            `onnx_ir.Model` knows its folder, a `ModelProto` means the working directory. The
+            initializers of an `onnx_ir.Model` are read where they lie, memory-mapped ones
+            included, and are not copied on the CPU.
         provider: `auto` takes CUDA where it works and the CPU elsewhere, and logs which.
 
     Raises:
@@ -86,10 +84,11 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
             "provider cuda: the installed onnxruntime has no CUDA provider; "
             "pip uninstall onnxruntime, then pip install 'iobs-onnx[gpu]'"
         )
-    source, folder = _source(model)
+    source, folder, weights = _source(runtime, model)
     if available:
-        session = _try_cuda(runtime, source, folder)
+        session = _try_cuda(runtime, source, _options(runtime, folder, weights, severity=_ERROR))
         if session is not None:
+            session.weights = weights
             return session
         if provider == "cuda":
             raise DependencyError(
@@ -99,8 +98,10 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
         logger.warning("CUDA could not be loaded: ONNX Runtime runs on the CPU")
     with _refusals(runtime, f"model {_label(model)}: ONNX Runtime cannot load it"):
         session = runtime.InferenceSession(
-            source, _options(runtime, folder), providers=[_CPU], enable_fallback=0
+            source, _options(runtime, folder, weights), providers=[_CPU], enable_fallback=0
         )
+    # ONNX Runtime reads the weights in place: they must live as long as the session.
+    session.weights = weights
     logger.info("ONNX Runtime %s on %s", runtime.__version__, session.get_providers())
     return session
 
@@ -115,15 +116,19 @@ def on_cuda(session: ort.InferenceSession) -> bool:
     return _CUDA in session.get_providers()
 
 
-def input_specs(session: ort.InferenceSession) -> tuple[InputSpec, ...]:
+def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     """Return what a feed must hold, required inputs first.
 
     Raises:
         ModelError: an input is no tensor that NumPy can hold.
     """
-    required = [_spec(arg, optional=False) for arg in session.get_inputs()]
-    optional = [_spec(arg, optional=True) for arg in session.get_overridable_initializers()]
-    return (*required, *optional)
+    required = [value for value in model.graph.inputs if not value.is_initializer()]
+    # Before IR version 4 every initializer was an input, and a constant all the same.
+    optional = [v for v in model.graph.inputs if v.is_initializer() and (model.ir_version or 4) > 3]
+    return (
+        *(_spec(value, optional=False) for value in required),
+        *(_spec(value, optional=True) for value in optional),
+    )
 
 
 @contextmanager
@@ -144,7 +149,11 @@ def _onnxruntime() -> ModuleType:
 
 
 def _options(
-    runtime: ModuleType, folder: str | None, *, severity: int = _FATAL
+    runtime: ModuleType,
+    folder: str | None,
+    weights: dict[str, ort.OrtValue],
+    *,
+    severity: int = _FATAL,
 ) -> ort.SessionOptions:
     options = runtime.SessionOptions()
     options.log_severity_level = severity
@@ -154,17 +163,19 @@ def _options(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", folder
         )
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     return options
 
 
 def _try_cuda(
-    runtime: ModuleType, source: str | bytes, folder: str | None
+    runtime: ModuleType, source: str | bytes, options: ort.SessionOptions
 ) -> ort.InferenceSession | None:
     """Return a session on CUDA, or None where the provider does not come up."""
     try:
         session = runtime.InferenceSession(
             source,
-            _options(runtime, folder, severity=_ERROR),  # names the library that is missing
+            options,  # of a severity that names the library that is missing
             providers=[(_CUDA, _CUDA_OPTIONS), _CPU],
             enable_fallback=0,
         )
@@ -176,26 +187,57 @@ def _try_cuda(
     return session if on_cuda(session) else None
 
 
-def _source(model: Model) -> tuple[str | bytes, str | None]:
-    """Return what InferenceSession takes, and the folder of the external data if there is any."""
+def _source(
+    runtime: ModuleType, model: Model
+) -> tuple[str | bytes, str | None, dict[str, ort.OrtValue]]:
+    """Return the message for InferenceSession, the folder of its data, and tensors beside it."""
     if isinstance(model, str | os.PathLike):
         if not Path(model).is_file():
             raise ModelError(f"model {os.fspath(model)}: no such file")
-        return os.fspath(model), None
-    folder = None
+        return os.fspath(model), None, {}
+    folder: str | None = None
+    weights: dict[str, ort.OrtValue] = {}
     if isinstance(model, ir.Model):
-        folder = _external_folder(model)
+        model, weights = _weights_beside(runtime, model)
+        folder = _external_folder(model, weights)
         model = ir.to_proto(model)
     try:
-        return model.SerializeToString(), folder
+        return model.SerializeToString(), folder, weights
     except (ValueError, EncodeError) as error:
         raise ModelError(_too_large(model)) from error
 
 
-def _external_folder(model: ir.Model) -> str | None:
-    """Return the folder of the model's external data, None where all weights are in memory."""
-    values = (value for graph in model.graphs() for value in graph.initializers.values())
-    tensors = [value.const_value for value in values if value.const_value is not None]
+def _weights_beside(
+    runtime: ModuleType, model: ir.Model
+) -> tuple[ir.Model, dict[str, ort.OrtValue]]:
+    """Return a copy whose large initializers are only named, and their values in place."""
+    beside = model.clone()
+    values = {}
+    for name, value in beside.graph.initializers.items():
+        tensor = value.const_value
+        if (
+            tensor is None
+            or tensor.dtype not in PLAIN
+            or tensor.nbytes < _PASSED_BESIDE
+            or value.is_graph_input()
+        ):
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        values[name] = runtime.OrtValue.ortvalue_from_numpy(array)
+        value.const_value = ir.ExternalTensor(
+            name, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
+    return beside, values
+
+
+def _external_folder(model: ir.Model, beside: Collection[str]) -> str | None:
+    """Return the folder of the external data that are not passed beside, None if there are none."""
+    tensors = [
+        value.const_value
+        for graph in model.graphs()
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and not (graph is model.graph and name in beside)
+    ]
     external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
     # Found before the weights are copied into a message that cannot hold them.
     if sum(t.nbytes for t in tensors) - sum(t.nbytes for t in external) > _PROTOBUF_LIMIT:
@@ -222,13 +264,13 @@ def _label(model: Model) -> str:
     return repr(model.graph.name or "in memory")
 
 
-def _spec(arg: ort.NodeArg, *, optional: bool) -> InputSpec:
-    if arg.type not in _NUMPY:
-        raise ModelError(f"input {arg.name!r}: its type {arg.type} cannot be fed from NumPy")
-    # An input of unknown rank and a scalar both have an empty shape here; a scalar is never
-    # a batch, so the rank is left open.
-    shape = tuple(dim if isinstance(dim, int) else None for dim in arg.shape) or None
-    return InputSpec(arg.name, np.dtype(_NUMPY[arg.type]), shape, optional)
+def _spec(value: ir.Value, *, optional: bool) -> InputSpec:
+    if not isinstance(value.type, ir.TensorType) or value.dtype not in PLAIN:
+        raise ModelError(f"input {value.name!r}: its type {value.type} cannot be fed from NumPy")
+    shape = None
+    if value.shape is not None:
+        shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+    return InputSpec(value.name or "", value.dtype.numpy(), shape, optional)
 
 
 @contextmanager

@@ -1,22 +1,17 @@
-"""Compare the outputs of a sparse model with those of the dense one, feed by feed."""
+"""Compare the outputs of a sparse model with those of the dense one, batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.runtime.data import PAD_MASK
-from iobs_onnx.runtime.feeds import Feed
-from iobs_onnx.runtime.session import Model, Provider, open_session, run_errors
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from iobs_onnx.errors import ModelError
+from iobs_onnx.runtime.executor import Batch
 
 Array = NDArray[Any]
 
@@ -40,51 +35,36 @@ class OutputFidelity:
     finite: bool
 
 
-def compare(
-    dense: Model, sparse: Model, batches: Iterable[Feed], provider: Provider = "auto"
-) -> list[OutputFidelity]:
-    """Run both models over the feeds and compare every float output of the dense one.
+class Fidelity:
+    """Compares outputs batch by batch; only sums are kept."""
 
-    Where a feed holds an `attention_mask`, positions it marks 0 are left out of outputs of shape
-    `(batch, seq, ..., features)`. One feed's outputs are alive at a time.
+    def __init__(self) -> None:
+        self._totals: dict[str, _Totals] = {}
 
-    Raises:
-        DataError: there is no feed.
-        ModelError: a model cannot be loaded or run, or the outputs do not correspond.
-    """
-    reference, candidate = open_session(dense, provider), open_session(sparse, provider)
-    totals = {name: _Totals() for name in _float_outputs(reference)}
-    present = {arg.name for arg in candidate.get_outputs()}
-    if missing := [name for name in totals if name not in present]:
-        raise ModelError(f"output {missing[0]!r} of the dense model is not in the sparse one")
-    for feed in _some(batches):
-        expected = _run(reference, list(totals), feed)
-        found = _run(candidate, list(totals), feed)
-        for name, y_dense, y_sparse in zip(totals, expected, found, strict=True):
-            if y_dense.shape != y_sparse.shape:
+    def add(self, dense: Batch, sparse: Batch) -> None:
+        """Take the same outputs of both models for one batch; only float ones are compared.
+
+        Positions that the mask marks as padding are left out of outputs of shape
+        `(batch, seq, ..., features)`.
+
+        Raises:
+            ModelError: the shapes differ.
+        """
+        for name, expected in dense.values.items():
+            if not expected.is_floating_point():
+                continue
+            found = sparse.values[name]
+            if expected.shape != found.shape:
                 raise ModelError(
-                    f"output {name!r} has shape {y_dense.shape} in the dense model, "
-                    f"{y_sparse.shape} in the sparse one"
+                    f"output {name!r} has shape {tuple(expected.shape)} in the dense model, "
+                    f"{tuple(found.shape)} in the sparse one"
                 )
-            totals[name].add(_unpadded(y_dense, feed), _unpadded(y_sparse, feed))
-    return [total.result(name) for name, total in totals.items()]
+            total = self._totals.setdefault(name, _Totals())
+            total.add(_unpadded(expected, dense.mask), _unpadded(found, dense.mask))
 
-
-def run_finite(
-    model: Model, batches: Iterable[Feed], provider: Provider = "auto"
-) -> dict[str, bool]:
-    """Run one model over the feeds; say of each float output whether it was finite throughout.
-
-    Raises:
-        DataError: there is no feed.
-        ModelError: the model cannot be loaded or run.
-    """
-    session = open_session(model, provider)
-    finite = dict.fromkeys(_float_outputs(session), True)
-    for feed in _some(batches):
-        for name, value in zip(finite, _run(session, list(finite), feed), strict=True):
-            finite[name] &= bool(np.isfinite(_unpadded(value, feed)).all())
-    return finite
+    def result(self) -> list[OutputFidelity]:
+        """Return what was found, an item for each float output."""
+        return [total.result(name) for name, total in self._totals.items()]
 
 
 class _Totals:
@@ -97,8 +77,7 @@ class _Totals:
 
     def add(self, y_dense: Array, y_sparse: Array) -> None:
         width = y_dense.shape[-1] if y_dense.ndim else 1
-        a = y_dense.reshape(-1, width).astype(np.float64)
-        b = y_sparse.reshape(-1, width).astype(np.float64)
+        a, b = y_dense.reshape(-1, width), y_sparse.reshape(-1, width)
         self._finite &= bool(np.isfinite(b).all())
         self._difference += float(((b - a) ** 2).sum())
         self._norm += float((a**2).sum())
@@ -117,29 +96,9 @@ class _Totals:
         return OutputFidelity(name, error, cosine, self._finite)
 
 
-def _some(batches: Iterable[Feed]) -> Iterable[Feed]:
-    count = 0
-    for feed in batches:
-        count += 1
-        yield feed
-    if not count:
-        raise DataError("verification data: there are no feeds to run the model on")
-
-
-def _float_outputs(session: ort.InferenceSession) -> list[str]:
-    kinds = ("tensor(float)", "tensor(float16)", "tensor(double)")
-    return [arg.name for arg in session.get_outputs() if arg.type in kinds]
-
-
-def _run(session: ort.InferenceSession, names: list[str], feed: Feed) -> list[Array]:
-    with run_errors():
-        # An empty list of names would mean all outputs.
-        return session.run(names, feed) if names else []
-
-
-def _unpadded(value: Array, feed: Feed) -> Array:
-    mask = feed.get(PAD_MASK)
+def _unpadded(value: torch.Tensor, mask: NDArray[np.bool_] | None) -> Array:
+    array: Array = value.double().numpy()
     # A matrix is left alone: (batch, features) can have the mask's shape by chance.
-    if mask is None or value.ndim <= mask.ndim or value.shape[: mask.ndim] != mask.shape:
-        return value
-    return value[mask != 0]
+    if mask is None or array.ndim <= mask.ndim or array.shape[: mask.ndim] != mask.shape:
+        return array
+    return array[mask]

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from iobs_onnx.errors import DataError
 from iobs_onnx.hessian import (
+    Cross,
+    CrossAccumulator,
     GramAccumulator,
     Hessian,
     combine,
@@ -80,7 +84,7 @@ def test_parts_add_up_to_the_whole():
     whole.add(rows)
     assert split.parts == 4
     for part in range(3):
-        split.add(rows, part, 3)
+        split.add(rows, part=part, parts=3)
     assert split.rows == 90
     assert torch.equal(whole.finish().matrix, split.finish().matrix)
 
@@ -128,8 +132,55 @@ def test_combine_weighs_by_rows():
     assert combine(hessians[:1]) is hessians[0]
 
 
+def test_cross_products_and_means_equal_float64():
+    rng = np.random.default_rng(6)
+    rows = (rng.standard_normal((5000, 150)) + 3).astype(np.float32)
+    left = (1e-3 * rng.standard_normal((5000, 70))).astype(np.float32)
+    sums = CrossAccumulator(70, 150)
+    for chunk in np.split(np.arange(5000), 4):
+        for part in range(2):
+            arguments = torch.from_numpy(left[chunk]), torch.from_numpy(rows[chunk])
+            sums.add(*arguments, part=part, parts=2)
+    cross = sums.finish()
+    assert relative(cross.matrix[0].numpy(), left.astype(np.float64).T @ rows / 5000) < 1e-5
+    assert relative(cross.mean[0].numpy(), left.mean(0, dtype=np.float64)) < 1e-5
+
+
+def test_a_row_of_weight_three_counts_three_times():
+    rng = np.random.default_rng(8)
+    rows, left = (torch.from_numpy(rng.standard_normal((9, 5)).astype("f")) for _ in range(2))
+    weighted, repeated = GramAccumulator(5), GramAccumulator(5)
+    crossed, again = CrossAccumulator(5, 5), CrossAccumulator(5, 5)
+    for once, times in ((rows[:4], 1), (rows[4:], 3)):
+        weighted.add(once, times)
+        repeated.add(once.repeat(times, 1))
+    for once, other, times in ((rows[:4], left[:4], 1), (rows[4:], left[4:], 3)):
+        crossed.add(other, once, times)
+        again.add(other.repeat(times, 1), once.repeat(times, 1))
+    found, expected = weighted.finish(), repeated.finish()
+    assert found.rows == 9
+    torch.testing.assert_close(found.matrix, expected.matrix)
+    torch.testing.assert_close(found.mean, expected.mean)
+    cross, whole = crossed.finish(), again.finish()
+    torch.testing.assert_close(cross.matrix, whole.matrix)
+    torch.testing.assert_close(cross.mean, whole.mean)
+
+
+def test_combine_takes_an_absent_drift_for_none():
+    rows = np.random.default_rng(7).standard_normal((30, 5)).astype(np.float32)
+    first, second = GramAccumulator(5), GramAccumulator(5)
+    first.add(torch.from_numpy(rows[:10]))
+    second.add(torch.from_numpy(rows[10:]))
+    drift = Cross(torch.ones(1, 5, 5), torch.ones(1, 5))
+    both = combine([first.finish(), replace(second.finish(), drift=drift)])
+    assert both.drift is not None
+    torch.testing.assert_close(both.drift.matrix, torch.full((1, 5, 5), 2 / 3))
+    torch.testing.assert_close(both.drift.mean, torch.full((1, 5), 2 / 3))
+    assert relative(both.mean[0].numpy(), rows.mean(0, dtype=np.float64)) < 1e-5
+
+
 def test_dead_inputs():
-    hessian = Hessian(torch.diag(torch.tensor([1.0, 0.0, 2.0]))[None], 4)
+    hessian = Hessian(torch.diag(torch.tensor([1.0, 0.0, 2.0]))[None], 4, torch.zeros(1, 3))
     assert dead_inputs(hessian.matrix).tolist() == [[False, True, False]]
 
 

@@ -2,59 +2,81 @@
 
 from __future__ import annotations
 
-from iobs_onnx.passes.ops.conv import CONV
-from iobs_onnx.passes.ops.gemm import GEMM
-from iobs_onnx.passes.ops.matmul import MATMUL
-from iobs_onnx.passes.ops.use import Handler, Use
+import onnx_ir as ir
 
-__all__ = ["OP_HANDLERS", "UNSUPPORTED_OPERANDS", "Handler", "Use"]
+from iobs_onnx.passes.ops.attention import ATTENTION
+from iobs_onnx.passes.ops.conv import CONV
+from iobs_onnx.passes.ops.conv_transpose import CONV_TRANSPOSE
+from iobs_onnx.passes.ops.einsum import EINSUM
+from iobs_onnx.passes.ops.gemm import GEMM
+from iobs_onnx.passes.ops.matmul import GEMM_FAST_GELU, MATMUL
+from iobs_onnx.passes.ops.recurrent import RECURRENT_WEIGHTS
+from iobs_onnx.passes.ops.use import Handler, Unsupported, Use
+
+__all__ = ["OP_HANDLERS", "UNSUPPORTED", "Use", "unsupported", "weight_operands"]
 
 _MS = "com.microsoft"
 
 OP_HANDLERS: dict[tuple[str, str], Handler] = {
     ("", "MatMul"): MATMUL,
+    (_MS, "FusedMatMul"): MATMUL,
+    (_MS, "FusedMatMulActivation"): MATMUL,
+    (_MS, "TransposeMatMul"): MATMUL,
+    (_MS, "GemmFastGelu"): GEMM_FAST_GELU,
     ("", "Gemm"): GEMM,
+    (_MS, "FusedGemm"): GEMM,
     ("", "Conv"): CONV,
+    (_MS, "FusedConv"): CONV,
+    (_MS, "NhwcFusedConv"): CONV,
+    ("", "ConvTranspose"): CONV_TRANSPOSE,
+    ("", "Einsum"): EINSUM,
+    ("", "LSTM"): RECURRENT_WEIGHTS,
+    ("", "GRU"): RECURRENT_WEIGHTS,
+    ("", "RNN"): RECURRENT_WEIGHTS,
+    (_MS, "Attention"): ATTENTION,
+    (_MS, "PackedAttention"): ATTENTION,
 }
 
-# Operators that multiply by a weight but have no handler yet, with the inputs that may be one:
-# their constant weights are declined, so that the report never passes over them in silence.
-UNSUPPORTED_OPERANDS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("", "ConvInteger"): (1,),
-    ("", "ConvTranspose"): (1,),
-    ("", "DeformConv"): (1,),
-    ("", "Einsum"): (0, 1, 2, 3),
-    ("", "GRU"): (1, 2),
-    ("", "LSTM"): (1, 2),
-    ("", "MatMulInteger"): (0, 1),
-    ("", "QLinearConv"): (3,),
-    ("", "QLinearMatMul"): (0, 3),
-    ("", "RNN"): (1, 2),
-    (_MS, "Attention"): (1,),
-    (_MS, "ConvTransposeWithDynamicPads"): (1,),
-    (_MS, "DynamicQuantizeLSTM"): (1, 2),
-    (_MS, "DynamicQuantizeMatMul"): (1,),
-    (_MS, "FusedConv"): (1,),
-    (_MS, "FusedGemm"): (0, 1),
-    (_MS, "FusedMatMul"): (0, 1),
-    (_MS, "FusedMatMulActivation"): (0, 1),
-    (_MS, "GemmFastGelu"): (1,),
-    (_MS, "GemmFloat8"): (0, 1),
-    (_MS, "LongformerAttention"): (1,),
-    (_MS, "MatMulBnb4"): (1,),
-    (_MS, "MatMulFpQ4"): (1,),
-    (_MS, "MatMulInteger16"): (0, 1),
-    (_MS, "MatMulIntegerToFloat"): (0, 1),
-    (_MS, "MatMulNBits"): (1,),
-    (_MS, "MoE"): (2, 4, 6),
-    (_MS, "NhwcConv"): (1,),
-    (_MS, "NhwcFusedConv"): (1,),
-    (_MS, "PackedAttention"): (1,),
-    (_MS, "QAttention"): (1,),
-    (_MS, "QGemm"): (0, 3),
-    (_MS, "QLinearConv"): (3,),
-    (_MS, "QMoE"): (2, 5, 8),
-    (_MS, "QOrderedAttention"): (2, 3, 4),
-    (_MS, "QOrderedMatMul"): (2,),
-    (_MS, "TransposeMatMul"): (0, 1),
+_INTEGER = "multiplies integers: prune the model before it is quantized"
+_PACKED = "packs its weight in blocks: prune the model before it is quantized"
+
+# Operators that multiply by a weight but have no handler: their constant weights are declined, so
+# that the report never passes over them in silence.
+UNSUPPORTED: dict[tuple[str, str], Unsupported] = {
+    ("", "ConvInteger"): Unsupported((1,), _INTEGER),
+    ("", "DeformConv"): Unsupported((1,), "samples its input where another input says"),
+    ("", "MatMulInteger"): Unsupported((0, 1), _INTEGER),
+    ("", "QLinearConv"): Unsupported((3,), _INTEGER),
+    ("", "QLinearMatMul"): Unsupported((0, 3), _INTEGER),
+    (_MS, "ConvTransposeWithDynamicPads"): Unsupported((1,), "reads its pads from an input"),
+    (_MS, "DynamicQuantizeLSTM"): Unsupported((1, 2), _INTEGER),
+    (_MS, "DynamicQuantizeMatMul"): Unsupported((1,), _INTEGER),
+    (_MS, "GemmFloat8"): Unsupported((0, 1), "multiplies float8 with scales of its own"),
+    (_MS, "LongformerAttention"): Unsupported((1, 4), "projects its global tokens apart"),
+    (_MS, "MatMulBnb4"): Unsupported((1,), _PACKED),
+    (_MS, "MatMulFpQ4"): Unsupported((1,), _PACKED),
+    (_MS, "MatMulInteger16"): Unsupported((0, 1), _INTEGER),
+    (_MS, "MatMulIntegerToFloat"): Unsupported((0, 1), _INTEGER),
+    (_MS, "MatMulNBits"): Unsupported((1,), _PACKED),
+    (_MS, "MoE"): Unsupported((2, 4, 6), "routes tokens to its experts where no tap can read them"),
+    (_MS, "NhwcConv"): Unsupported((1,), "lays out its weight as its execution provider likes"),
+    (_MS, "QAttention"): Unsupported((1,), _INTEGER),
+    (_MS, "QGemm"): Unsupported((0, 3), _INTEGER),
+    (_MS, "QLinearConv"): Unsupported((3,), _INTEGER),
+    (_MS, "QMoE"): Unsupported((2, 5, 8), _PACKED),
+    (_MS, "QOrderedAttention"): Unsupported((2, 3, 4), _INTEGER),
+    (_MS, "QOrderedMatMul"): Unsupported((2,), _INTEGER),
 }
+
+
+def weight_operands(node: ir.Node) -> tuple[int, ...]:
+    """Return the inputs of a node that may be a weight."""
+    key = (node.domain, node.op_type)
+    known = OP_HANDLERS.get(key) or UNSUPPORTED.get(key)
+    return known.operands if known else ()
+
+
+def unsupported(node: ir.Node) -> str | None:
+    """Say why a node that multiplies by weights has no handler; None for other nodes."""
+    known = UNSUPPORTED.get((node.domain, node.op_type))
+    return f"{node.op_type} is not supported: it {known.reason}" if known else None

@@ -1,39 +1,54 @@
-"""Conv in one, two or three dimensions, with groups; the weight is `(M, C/g, *kernel)`."""
+"""Conv in one, two or three dimensions, with groups; the weight is `(M, C/g, *kernel)`.
+
+FusedConv adds a tensor and activates the result; NhwcFusedConv also keeps channels last.
+"""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from iobs_onnx.passes.ops.use import Handler, Use, operand
+from iobs_onnx.passes.attributes import integer, integers, text
+from iobs_onnx.passes.layout import Layout
+from iobs_onnx.passes.ops.use import Handler, Read, Use, operand
 from iobs_onnx.site import Patches
 
 
-def describe(node: ir.Node, weight: int, shape: tuple[int, ...]) -> Use | str:
+def describe(node: ir.Node, weight: int, layout: Layout) -> Use | str:
     """Read the convolution as a product with patches, input channels last."""
-    if not 3 <= len(shape) <= 5:
-        return f"{len(shape)}-D weight: only 1-D, 2-D and 3-D convolutions are supported"
-    outputs, channels, *kernel = shape
-    groups = node.attributes.get_int("group", 1)
+    if reason := unfit(layout):
+        return reason
+    outputs, channels, *kernel = layout.shape
+    groups = integer(node, "group", 1)
     if channels == 1:
-        return (
-            "one input channel for each filter (depthwise when grouped): "
-            "no input channels to choose among"
-        )
-    if outputs % groups:
+        return ONE_CHANNEL
+    if groups < 1 or outputs % groups:
         return f"{outputs} output channels are not a multiple of {groups} groups"
     space = len(kernel)
-    auto_pad = node.attributes.get_string("auto_pad", "NOTSET")
-    pads = [0] * 2 * space if auto_pad == "VALID" else node.attributes.get_ints("pads")
+    auto_pad = text(node, "auto_pad", "NOTSET")
     form = Patches(
         kernel=tuple(kernel),
-        strides=tuple(node.attributes.get_ints("strides", [1] * space)),
-        dilations=tuple(node.attributes.get_ints("dilations", [1] * space)),
-        pads=tuple(pads or [0] * 2 * space),
+        strides=integers(node, "strides", [1] * space),
+        dilations=integers(node, "dilations", [1] * space),
+        pads=(0,) * 2 * space if auto_pad == "VALID" else integers(node, "pads", [0] * 2 * space),
         auto_pad=auto_pad,
         groups=groups,
+        channels_last=node.op_type == "NhwcFusedConv",
     )
-    perm = (0, *range(2, len(shape)), 1)
-    return Use(operand(node, 0), form, perm=perm, axis=1, groups=groups)
+    split = layout.split(0, groups)
+    assert split is not None, "the number of outputs is a multiple of that of groups"
+    return Use((Read(operand(node, 0), form),), split.join((0,), (1,), (*range(3, 3 + space), 2)))
+
+
+ONE_CHANNEL = (
+    "one input channel for each filter (depthwise when grouped): no input channels to choose among"
+)
+
+
+def unfit(layout: Layout) -> str | None:
+    """Say why a weight is not that of a supported convolution, or None."""
+    if not 3 <= len(layout.axes) <= 5:
+        return f"{len(layout.axes)}-D weight: only 1-D, 2-D and 3-D convolutions are supported"
+    return None
 
 
 CONV = Handler(operands=(1,), describe=describe)

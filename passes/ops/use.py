@@ -9,29 +9,40 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from iobs_onnx.errors import ModelError
+from iobs_onnx.passes.layout import Layout
 from iobs_onnx.site import RowForm
 
 
 @dataclass(frozen=True)
-class Use:
-    """How one node multiplies by its weight operand, in the operand's own axes.
+class Read:
+    """An activation that meets a weight.
 
     Attributes:
-        activation: the other operand; its rows are the regression's inputs.
-        form: how those rows are read.
-        perm: axes of the operand in the order output first, reduction last.
-        axis: the axis of the operand along which a deployment engine groups 2:4.
-        groups: number of independent products (grouped convolution), 1 otherwise.
+        value: the activation.
+        form: how its rows are read.
+        padded_by: the recurrent node whose `sequence_lens` says which of its steps count, None
+            where all do.
     """
 
-    activation: ir.Value
+    value: ir.Value
     form: RowForm
-    perm: tuple[int, ...]
-    axis: int
-    groups: int = 1
+    padded_by: ir.Node | None = None
 
 
-Describe: TypeAlias = Callable[[ir.Node, int, tuple[int, ...]], Use | str]
+@dataclass(frozen=True)
+class Use:
+    """How one node multiplies by its weight operand.
+
+    Attributes:
+        reads: the activations that meet the weight.
+        matrices: the operand as `W`: three axes, groups, outputs and inputs.
+    """
+
+    reads: tuple[Read, ...]
+    matrices: Layout
+
+
+Describe: TypeAlias = Callable[[ir.Node, int, Layout], Use | str]
 
 
 @dataclass(frozen=True)
@@ -40,12 +51,25 @@ class Handler:
 
     Attributes:
         operands: the inputs that may be a weight.
-        describe: maps node, index of the weight operand and that operand's shape to a `Use`,
+        describe: maps node, index of the weight operand and that operand's layout to a `Use`,
             or to the reason why the weight cannot be pruned.
     """
 
     operands: tuple[int, ...]
     describe: Describe
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """An operator that multiplies by a weight but has no handler.
+
+    Attributes:
+        operands: the inputs that may be a weight.
+        reason: why it has none.
+    """
+
+    operands: tuple[int, ...]
+    reason: str
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
@@ -54,7 +78,12 @@ def operand(node: ir.Node, index: int) -> ir.Value:
     Raises:
         ModelError: when the node lacks this input, which its operator requires.
     """
-    value = node.inputs[index] if index < len(node.inputs) else None
+    value = optional(node, index)
     if value is None:
         raise ModelError(f"node {node.name!r}: {node.op_type} lacks input {index}; mend the model")
     return value
+
+
+def optional(node: ir.Node, index: int) -> ir.Value | None:
+    """Return input `index` of a node, None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None

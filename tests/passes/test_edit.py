@@ -29,8 +29,7 @@ def test_outputs_are_exactly_the_values_in_order_without_doubles(chain, run):
     model = load_model(chain)
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     tapped = instrument(model, ["m", "x", "r", "m"])
-    feeds = {"x": X, "spare": np.zeros(1, np.float32)}
-    results = run(tapped, feeds)
+    results = run(tapped, {"x": X})
     relu = np.maximum(X, 0)
     assert list(results) == ["m", "x", "r"]
     assert np.array_equal(results["x"], X)
@@ -38,8 +37,7 @@ def test_outputs_are_exactly_the_values_in_order_without_doubles(chain, run):
     assert np.array_equal(results["m"], relu @ W)
     assert [node.op_type for node in tapped.graph] == ["Relu", "MatMul"]
     assert list(tapped.graph.initializers) == ["w"]
-    # Feeds of the model still fit: the spare input stays.
-    assert [value.name for value in tapped.graph.inputs] == ["x", "spare"]
+    assert [value.name for value in tapped.graph.inputs] == ["x"]
     # Tensors are shared, the original is untouched and shares no node.
     shared = tapped.graph.initializers["w"].const_value
     assert shared is model.graph.initializers["w"].const_value
@@ -48,11 +46,24 @@ def test_outputs_are_exactly_the_values_in_order_without_doubles(chain, run):
 
 
 def test_a_value_that_is_an_output_already(chain, run):
-    results = run(instrument(load_model(chain), ["y", "a"]), {"x": X, "spare": np.zeros(1, "f")})
+    results = run(instrument(load_model(chain), ["y", "a"]), {"x": X})
     assert list(results) == ["y", "a"]
 
 
+def test_given_values_become_inputs(chain, run):
+    """The graph is cut where values are given; what made them is left out."""
+    part = instrument(load_model(chain), ["y"], {"m": (1, 2), "x": (1, 2)})
+    assert [(v.name, v.dtype, v.shape.rank()) for v in part.graph.inputs] == [
+        ("m", ir.DataType.FLOAT, 2)
+    ]
+    assert [node.op_type for node in part.graph] == ["Add", "MatMul"]
+    m = np.maximum(X, 0) @ W
+    assert np.array_equal(run(part, {"m": m})["y"], (m + 1) @ W.T)
+
+
 def test_unknown_value(chain):
+    with pytest.raises(ModelError, match="activation 'lost'"):
+        instrument(load_model(chain), ["y"], {"lost": (1, 2)})
     with pytest.raises(ModelError, match="activation 'nope'"):
         instrument(load_model(chain), ["nope"])
 
@@ -61,7 +72,7 @@ def test_overridable_initializers_go_when_not_needed(chain):
     for name, array in (("w", W), ("v", W.T)):
         chain.graph.input.append(helper.make_tensor_value_info(name, 1, array.shape))
     tapped = instrument(load_model(chain), ["m"])
-    assert [value.name for value in tapped.graph.inputs] == ["x", "spare", "w"]
+    assert [value.name for value in tapped.graph.inputs] == ["x", "w"]
 
 
 def test_bodies_keep_what_they_capture(make, run):

@@ -83,9 +83,8 @@ def assert_orientation(proto, run, feeds, stored, *, out_axis, scale=1.0) -> Sit
     tolerance = 2e-2 if stored.dtype == np.float16 else 2e-5
     np.testing.assert_allclose(product, expected, rtol=tolerance, atol=tolerance)
     assert np.array_equal(site.to_stored(weights, stored.dtype), stored)
+    # The last axis of W's columns is the one that hardware groups.
     assert site.run == stored.shape[site.axis]
-    # The last stored axis of W's columns is the one that hardware groups.
-    assert site.perm[-1] == site.axis
     return site
 
 

@@ -134,6 +134,135 @@ def test_large_models_become_external(rich, tmp_path, monkeypatch):
     assert dict(tensor.metadata_props) == {"a": "a-value", "b": "b-value"}
 
 
+# ---- what onnx_ir cannot hold
+
+
+def sparse_tensor(name: str, dims: list[int], two_dimensional: bool) -> onnx.SparseTensorProto:
+    flat = [1, 6, 11]
+    indices = np.stack(np.unravel_index(flat, dims), axis=1) if two_dimensional else np.array(flat)
+    return helper.make_sparse_tensor(
+        helper.make_tensor(name, 1, [3], [1.0, 2.0, 3.0]),
+        numpy_helper.from_array(indices.astype(np.int64), f"{name}_indices"),
+        dims,
+    )
+
+
+@pytest.fixture
+def with_sparse(make) -> onnx.ModelProto:
+    """An initializer and a Constant, both stored sparsely, and a dense one between them."""
+    nodes = [
+        helper.make_node("Constant", [], ["k"], "K", sparse_value=sparse_tensor("k", [4, 4], True)),
+        helper.make_node("MatMul", ["x", "s"], ["y"], "Y"),
+        helper.make_node("MatMul", ["y", "k"], ["z"], "Z"),
+        helper.make_node("Add", ["z", "b"], ["out"], "A"),
+    ]
+    proto = make(nodes, {"x": ["n", 4]}, {"b": np.ones(4, np.float32)}, ["out"])
+    proto.graph.sparse_initializer.append(sparse_tensor("s", [4, 4], False))
+    return proto
+
+
+def test_sparse_tensors_are_dense_in_memory_and_sparse_in_the_file(
+    with_sparse, tmp_path, canonical, run
+):
+    model = load_model(with_sparse)
+    dense = np.zeros(16, np.float32)
+    dense[[1, 6, 11]] = [1, 2, 3]
+    dense = dense.reshape(4, 4)
+    for site in find_sites(model).sites:
+        assert site.initializer in ("s", "k")
+        assert site.shape == (4, 4)
+    assert np.array_equal(model.graph.initializers["s"].const_value.numpy(), dense)
+    x = np.arange(16, dtype=np.float32).reshape(4, 4)
+    # What the runtime is given is the graph in memory.
+    assert np.array_equal(run(model, {"x": x})["out"], x @ dense @ dense + 1)
+    save_model(load_model(model).clone(), tmp_path / "out.onnx")
+    assert canonical(onnx.load(tmp_path / "out.onnx")) == canonical(with_sparse)
+
+
+def test_a_sparse_tensor_that_is_exchanged_becomes_dense(with_sparse, tmp_path, run, monkeypatch):
+    model = load_model(with_sparse)
+    new = np.eye(4, dtype=np.float32)
+    rewrite(model, {"s": new, "k": 2 * new})
+    monkeypatch.setattr(files, "MAX_INLINE_BYTES", 0)
+    save_model(model, tmp_path / "out.onnx")
+    after = onnx.load(tmp_path / "out.onnx")
+    assert not after.graph.sparse_initializer
+    assert [tensor.name for tensor in after.graph.initializer] == ["b", "s"]
+    assert [attribute.name for attribute in after.graph.node[0].attribute] == ["value"]
+    x = np.arange(16, dtype=np.float32).reshape(4, 4)
+    assert np.array_equal(run(after, {"x": x})["out"], 2 * x + 1)
+
+
+def test_sparse_initializer_of_a_body_comes_back(make, tmp_path, canonical):
+    def body(name: str) -> onnx.GraphProto:
+        return helper.make_graph(
+            [helper.make_node("Identity", ["s"], ["o"])],
+            name,
+            [],
+            [helper.make_tensor_value_info("o", 1, None)],
+            sparse_initializer=[sparse_tensor("s", [4, 4], False)],
+        )
+
+    node = helper.make_node("If", ["c"], ["y"], then_branch=body("t"), else_branch=body("e"))
+    proto = make([node], {}, {"c": np.array(True)}, ["y"])
+    save_model(load_model(proto), tmp_path / "out.onnx")
+    assert canonical(onnx.load(tmp_path / "out.onnx")) == canonical(proto)
+
+
+def test_training_information_comes_back(rich, tmp_path, canonical):
+    training = rich.training_info.add()
+    training.algorithm.CopyFrom(rich.graph)
+    training.update_binding.add(key="w", value="y")
+    save_model(load_model(load_model(rich)), tmp_path / "out.onnx")
+    assert canonical(onnx.load(tmp_path / "out.onnx")) == canonical(rich)
+
+
+def test_types_of_maps_come_back(make, tmp_path, canonical):
+    """As classifiers have them: a sequence of maps, an output and an inner value."""
+    proto = make(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["p"]),
+            helper.make_node("ZipMap", ["p"], ["m"], domain="ai.onnx.ml", classlabels_int64s=[0]),
+            helper.make_node("Identity", ["m"], ["out"]),
+        ],
+        {"x": ["n", 32]},
+        {"w": W},
+        ["out"],
+    )
+    kind = proto.graph.output[0].type
+    kind.Clear()
+    kind.sequence_type.elem_type.map_type.key_type = onnx.TensorProto.INT64
+    kind.sequence_type.elem_type.map_type.value_type.tensor_type.elem_type = 1
+    proto.graph.value_info.add(name="m", type=kind)
+    model = load_model(proto)
+    assert len(find_sites(model).sites) == 1
+    save_model(model, tmp_path / "out.onnx")
+    assert canonical(onnx.load(tmp_path / "out.onnx")) == canonical(proto)
+
+
+@pytest.mark.parametrize("ir_version", [3, 4, 8, onnx.IR_VERSION])
+@pytest.mark.parametrize("opset", [7, 13, onnx.defs.onnx_opset_version()])
+@pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"])
+def test_versions_and_types(make, tmp_path, canonical, ir_version, opset, dtype):
+    kind = ir.DataType[dtype]
+    weight = np.arange(16).reshape(4, 4).astype(kind.numpy())
+    proto = make([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": [4, 4]}, {}, ["y"], kind)
+    proto.graph.initializer.append(ir.to_proto(ir.Tensor(weight, dtype=kind, name="w")))
+    if ir_version < 4:
+        proto.graph.input.append(helper.make_tensor_value_info("w", kind, [4, 4]))
+    proto.ir_version, proto.opset_import[0].version = ir_version, opset
+    model = load_model(proto)
+    save_model(model, tmp_path / "out.onnx")
+    assert canonical(onnx.load(tmp_path / "out.onnx")) == canonical(proto)
+    [site] = find_sites(model).sites
+    assert site.dtype == dtype
+    rewrite(model, {"w": -weight})
+    save_model(model, tmp_path / "out.onnx")
+    [tensor] = onnx.load(tmp_path / "out.onnx").graph.initializer
+    assert tensor.data_type == kind
+    assert tensor.raw_data == (-weight).tobytes()
+
+
 # ---- never aliasing
 
 

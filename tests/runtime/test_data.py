@@ -1,10 +1,12 @@
 import itertools
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
 from iobs_onnx.errors import DataError, OptionError
+from iobs_onnx.runtime import feeds as feeds_module
 from iobs_onnx.runtime.data import default_pad_mask, open_data
 from iobs_onnx.runtime.session import InputSpec
 
@@ -102,6 +104,8 @@ def test_static_batch_size_of_the_model():
         open_data(rows(3), STATIC)
     with pytest.raises(DataError, match="2 samples do not fill"):
         open_data(rows(43), STATIC, samples=2)
+    with pytest.raises(DataError, match="a static first dimension of 0"):
+        open_data(rows(3), (InputSpec("x", F32, (0, 3)),))
     two = (*STATIC, InputSpec("z", F32, (1, 3)))
     with pytest.raises(DataError, match=r"different static first dimensions \[1, 4\]"):
         open_data({**rows(4), "z": rows(4)["x"]}, two)
@@ -283,11 +287,77 @@ def test_paths_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"text\.npz: not a readable \.npz of plain arrays"):
         open_data(tmp_path / "text.npz", X)
     np.savez(tmp_path / "pickled.npz", x=np.array([{}, 1], dtype=object))
-    with pytest.raises(DataError, match=r"pickled\.npz: not a readable \.npz of plain arrays"):
+    with pytest.raises(DataError, match=r"pickled\.npz: array 'x\.npy' is pickled"):
         open_data(tmp_path / "pickled.npz", X)
     np.save(tmp_path / "lone.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"lone\.npy: a lone array; save an \.npz"):
         open_data(tmp_path / "lone.npy", X)
+
+
+def archive(path, member, name="x.npy", copies=1):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for _ in range(copies):
+            file.writestr(name, member)
+    return path
+
+
+def member(shape, descr="'<f4'", data=b""):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (member((2**40, 3)), r"'x\.npy' has not the size that its shape \(1099511627776, 3\) says"),
+        (member((-1, 3)), r"has not the size that its shape \(-1, 3\) says"),
+        (member((2, 3), data=bytes(20)), "has not the size"),
+        (member((2,), "'|O'", data=bytes(16)), "is pickled, and loading it could run code"),
+        (member((2,), "()"), "not a readable .npz of plain arrays"),
+        (b"\x93NUMPY\x09\x00", "stored in format .9, 0."),
+        (b"\x93NUMPY\x01\x00\x05\x00{'a':", "not a readable .npz"),
+        (b"hello", "not a readable .npz of plain arrays: EOF: reading magic string"),
+    ],
+)
+def test_arrays_that_lie(tmp_path, content, message):
+    path = archive(tmp_path / "a.npz", content)
+    with pytest.raises(DataError, match=message) as caught:
+        open_data(path, X)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_expands_beyond_bounds(tmp_path, monkeypatch):
+    """Ten thousand rows of zeros take 300 bytes; judged by what they declare."""
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, x=np.zeros((10_000, 3), np.float32))
+    monkeypatch.setattr(feeds_module, "_MAX_EXPANDED_BYTES", 100_000)
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    with pytest.raises(DataError, match="bytes that expand to 120128; save it uncompressed"):
+        open_data(path, X)
+    monkeypatch.undo()
+    assert open_data(path, X).samples == 9936
+    # What is not compressed is as large as it says, and no bomb.
+    np.savez(path, x=np.zeros((10_000, 3), np.float32))
+    monkeypatch.setattr(feeds_module, "_MAX_EXPANDED_BYTES", 1000)
+    assert open_data(path, X).samples == 9936
+
+
+def test_archives_of_other_kinds(tmp_path):
+    good = member((2, 3), data=bytes(24))
+    assert open_data(archive(tmp_path / "a.npz", good), X).samples == 1
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        archive(tmp_path / "a.npz", good, copies=2)
+    with pytest.raises(DataError, match="it holds two arrays of one name"):
+        open_data(tmp_path / "a.npz", X)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("x.npy", good)
+    with pytest.raises(DataError, match="compressed in an unknown way"):
+        open_data(tmp_path / "a.npz", X)
+    content = bytearray(archive(tmp_path / "a.npz", good).read_bytes())
+    content[60] ^= 0xFF
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"not a readable \.npz of plain arrays: "):
+        open_data(tmp_path / "a.npz", X)
 
 
 def test_file_of_a_directory_that_does_not_fit(tmp_path):

@@ -1,0 +1,111 @@
+"""Run models segment by segment: the meeting place of `passes` (which cut) and `runtime`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from iobs_onnx.errors import DataError
+from iobs_onnx.passes import Segment, instrument, load_model, partition, prepare, release
+from iobs_onnx.runtime import (
+    Feed,
+    Fidelity,
+    OutputFidelity,
+    Store,
+    Stream,
+    default_pad_mask,
+    input_specs,
+    open_session,
+    session_info,
+)
+
+# Of the machine's memory: a segment's weights and Hessians, and again as much for activations.
+_SHARE = 4
+
+
+def default_memory_budget() -> int:
+    """Return a quarter of the machine's memory, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE
+
+
+def prepared(model: ir.Model) -> ir.Model:
+    """Return a copy, never to be written, that has every value a tap can read."""
+    copy = load_model(model)
+    prepare(copy)
+    return copy
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where segments run and what they may use.
+
+    Attributes:
+        provider: of ONNX Runtime.
+        budget: bytes of weights and Hessians in a segment, and of activations between two.
+        folder: for activations beyond the budget.
+        runtime: version of ONNX Runtime and providers in use, once a session was opened.
+    """
+
+    provider: Literal["auto", "cpu", "cuda"]
+    budget: int
+    folder: Path
+    runtime: dict[str, object] = field(default_factory=dict)
+
+    def stream(
+        self,
+        model: ir.Model,
+        feeds: Iterable[Feed | tuple[Feed, float]],
+        *,
+        mask_padding: bool = True,
+    ) -> Stream:
+        """Return a stream of the model's inputs; its store is the only one for these feeds."""
+        pad_mask = default_pad_mask(input_specs(model)) if mask_padding else None
+        return Stream(feeds, Store(self.folder, self.budget), pad_mask=pad_mask)
+
+    def session(
+        self, model: ir.Model, segment: Segment, names: Iterable[str], stream: Stream
+    ) -> Any:
+        """Open the part of a model that computes `names` in a segment; None if there is none."""
+        made = [name for name in dict.fromkeys(names) if name not in segment.inputs]
+        if not made:
+            return None
+        given = stream.kinds(segment.inputs)
+        session = open_session(instrument(model, made, given), self.provider)
+        self.runtime.update(session_info(session))
+        return session
+
+
+def compare(
+    dense: ir.Model, sparse: ir.Model, feeds: Iterable[Feed], place: Place
+) -> list[OutputFidelity]:
+    """Run both models, whose graphs are the same, and compare every float output.
+
+    Raises:
+        DataError: there is no feed.
+        ModelError: a model cannot be run, or the sparse one lacks a value of the dense one.
+    """
+    names = [value.name or "" for value in dense.graph.outputs]
+    fidelity = Fidelity()
+    ours = place.stream(dense, feeds)
+    theirs = ours.over()
+    for segment in partition(dense, outputs=names, budget=place.budget):
+        expected = place.session(dense, segment, (*segment.wanted, *segment.outputs), ours)
+        found = place.session(sparse, segment, (*segment.wanted, *segment.outputs), theirs)
+        pairs = zip(
+            ours.run(expected, fetch=segment.wanted, keep=segment.outputs, alive=segment.alive),
+            theirs.run(found, fetch=segment.wanted, keep=segment.outputs, alive=segment.alive),
+            strict=True,
+        )
+        for reference, batch in pairs:
+            fidelity.add(reference, batch)
+        del expected, found
+        release(dense, segment.weights)
+        release(sparse, segment.weights)
+    if not len(ours):
+        raise DataError("verification data: there are no feeds to run the model on")
+    return fidelity.result()
