@@ -102,7 +102,9 @@ def _solve_sites(
         layers.items(), dense, aims, solutions, baseline, strict=True
     ):
         solved = torch.stack([solution.weight for solution in groups])
-        stored = site.to_stored(solved.cpu().numpy(), layer.dense.dtype)
+        # Float64 weights would come back rounded where nothing was asked of them.
+        whole = config.sparsity.density == 1.0
+        stored = layer.dense if whole else site.to_stored(solved.cpu().numpy(), layer.dense.dtype)
         sparse = _matrices(site, stored, device)  # as it is read: rounded to the stored type
         energy = _quadratic(weight, hessian)
         excess = _quadratic(sparse - aim, centred)
