@@ -124,14 +124,19 @@ def reference_passages(count: int, seed: int = 0) -> list[str]:
     return texts[:count]
 
 
-def feeds(texts: Sequence[str], batch: int = 16) -> list[Feed]:
-    """Tokenize texts, sort them by length and return padded feeds of `batch` texts."""
+def token_ids(texts: Sequence[str]) -> list[list[int]]:
+    """Tokenize texts, cut at `MAX_TOKENS`."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(weights_folder() / "tokenizer.json"))
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
-    encoded = sorted((e.ids for e in tokenizer.encode_batch(list(texts))), key=len)
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def feeds(texts: Sequence[str], batch: int = 16) -> list[Feed]:
+    """Tokenize texts, sort them by length and return padded feeds of `batch` texts."""
+    encoded = sorted(token_ids(texts), key=len)
     return [_feed(encoded[start : start + batch]) for start in range(0, len(encoded), batch)]
 
 

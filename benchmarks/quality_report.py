@@ -1,0 +1,117 @@
+"""Tables and plots from the results of `model_quality.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Line = Mapping[str, Any]
+
+_BEGIN, _END = "<!-- model_quality: begin -->", "<!-- model_quality: end -->"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of the results; none where there is no file yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+
+
+def key(line: Line) -> tuple[Any, ...]:
+    """Return what makes a run the same run."""
+    return tuple(line[name] for name in ("task", "method", "pattern", "preset", "count"))
+
+
+def render(results: Path, methods: Sequence[str], docs: Path) -> None:
+    """Put the tables between the marks in `docs/benchmarks.md`, the plots in `docs/img`."""
+    lines = read(results)
+    parts = []
+    for task in dict.fromkeys(line["task"] for line in lines):
+        own = [line for line in lines if line["task"] == task]
+        image = docs / "img" / f"quality-{task}.png"
+        plotted = _plot(own, methods, image)
+        parts += [f"### {task}", "", f"{own[0]['title']}.", "", *_table(own, methods), ""]
+        parts += [f"![{task}: metric against method](img/{image.name})", ""] if plotted else []
+    page = docs / "benchmarks.md"
+    text = page.read_text(encoding="utf8")
+    block = "\n".join([_BEGIN, "", *parts, _END])
+    found = re.compile(re.escape(_BEGIN) + ".*" + re.escape(_END), re.DOTALL)
+    if not found.search(text):
+        raise SystemExit(f"{page} lacks the marks {_BEGIN} and {_END}")
+    page.write_text(found.sub(lambda _: block, text), encoding="utf8")
+
+
+def _label(line: Line) -> str:
+    notes = [line["preset"]] if line["preset"] not in (None, "balanced") else []
+    return ", ".join([line["method"], *notes])
+
+
+def _order(own: Sequence[Line], methods: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the rows that occur, as label and calibration count, the dense model first."""
+    rank = {name: place for place, name in enumerate(["dense", *methods])}
+    rows = {(_label(line), line["count"]): rank[line["method"]] for line in own}
+    return sorted(rows, key=lambda row: (row[1], rows[row]))
+
+
+def _table(own: Sequence[Line], methods: Sequence[str]) -> list[str]:
+    formats = own[0]["metric_formats"]
+    patterns = sorted({line["pattern"] for line in own} - {""}, key=lambda p: (":" not in p, p))
+    cells = {(_label(line), line["count"], line["pattern"]): line for line in own}
+    usual = max((line["count"] for line in own if line["method"] == "sparsegpt"), default=0)
+
+    def written(line: Line | None) -> str:
+        if line is None:
+            return ""
+        return " / ".join(f"{line['metrics'][name]:{how}}" for name, how in formats.items())
+
+    head = f"| {' / '.join(formats)} | " + " | ".join(_percent(pattern) for pattern in patterns)
+    rows = [head + " |", "|---" * (len(patterns) + 1) + "|"]
+    for label, count in _order(own, methods):
+        if label == "dense":
+            found = [written(cells[label, count, ""])] * len(patterns)
+        else:
+            found = [written(cells.get((label, count, pattern))) for pattern in patterns]
+        shown = label if count in (0, usual) else f"{label}, {count:,} for calibration"
+        rows.append(f"| {shown} | " + " | ".join(found) + " |")
+    return rows
+
+
+def _percent(pattern: str) -> str:
+    return pattern if ":" in pattern else f"{float(pattern):.0%}"
+
+
+def _plot(own: Sequence[Line], methods: Sequence[str], path: Path) -> bool:
+    """Draw the first metric against the method, a line a pattern; False without enough runs."""
+    from matplotlib.figure import Figure
+
+    metric = next(iter(own[0]["metric_formats"]))
+    usual = max((line["count"] for line in own if line["method"] == "sparsegpt"), default=0)
+    runs = [line for line in own if line["count"] == usual and line["preset"] != "fast"]
+    names = [name for name in methods if any(line["method"] == name for line in runs)]
+    if len(names) < 3:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for pattern in sorted({line["pattern"] for line in runs}, key=lambda p: (":" not in p, p)):
+        values = {x["method"]: x["metrics"][metric] for x in runs if x["pattern"] == pattern}
+        shown = [name for name in names if name in values]
+        places = [names.index(name) for name in shown]
+        heights = [values[name] for name in shown]
+        (drawn,) = axes.plot(places, heights, "o-", label=_percent(pattern))
+        best = (min if own[0]["falls"] else max)(range(len(shown)), key=heights.__getitem__)
+        axes.plot(places[best], heights[best], "*", markersize=16, color=drawn.get_color())
+    dense = next(line for line in own if line["method"] == "dense")
+    axes.axhline(dense["metrics"][metric], color="0.5", linestyle="--", label="dense")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_ylabel(metric)
+    axes.set_title(own[0]["title"].split(",")[0])
+    if own[0]["falls"]:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True

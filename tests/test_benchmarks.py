@@ -1,0 +1,99 @@
+"""The parts of the benchmarks that are not measurements."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+import iobs_onnx
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_scale_writes_a_language_model_whose_linears_are_all_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import scale
+
+    for name, value in (("HIDDEN", 32), ("FEED_FORWARD", 64), ("HEADS", 4), ("VOCABULARY", 50)):
+        monkeypatch.setattr(scale, name, value)
+    path = tmp_path / "dense.onnx"
+    scale.write_model(path, layers=2)
+    onnx.checker.check_model(str(path), full_check=True)
+    weights = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 50 * 32
+    assert path.with_suffix(".data").stat().st_size == 4 * weights
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ids = np.zeros((1, scale.SEQUENCE), np.int64)
+    ids[0, -1] = 1
+    (logits,) = session.run(None, {"input_ids": ids})
+    # The last token moves nothing before it: attention is causal.
+    (same,) = session.run(None, {"input_ids": np.zeros_like(ids)})
+    np.testing.assert_allclose(logits[0, :-1], same[0, :-1], atol=1e-5)
+    assert np.abs(logits[0, -1] - same[0, -1]).max() > 1e-3
+    assert len(iobs_onnx.inspect(path).sites) == 2 * 7
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_scale_measures_the_memory_of_the_child_alone() -> None:
+    import scale
+
+    hundred = "import time; x = bytearray(100_000_000); time.sleep(0.5)"
+    measured = scale.run_measured([sys.executable, "-c", hundred])
+    assert 100e6 < measured["own"] < 130e6
+    assert measured["own"] <= measured["peak"]
+    assert measured["seconds"] > 0.5
+    with pytest.raises(SystemExit, match="exit code 3"):
+        scale.run_measured([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_results_become_a_table_and_a_plot(tmp_path: Path) -> None:
+    import quality_report
+
+    def line(method: str, pattern: str, value: float, **more: object) -> str:
+        return json.dumps(
+            {
+                **{"task": "toy", "title": "Toy, judged", "metric_formats": {"loss": ".1f"}},
+                **{"falls": True, "method": method, "pattern": pattern, "preset": None},
+                **{"count": 8, "metrics": {"loss": value}, **more},
+            }
+        )
+
+    results = tmp_path / "results.jsonl"
+    lines = [line("dense", "", 1.0, count=0), line("sparsegpt", "2:4", 3.0)]
+    lines += [line("defaults", "2:4", 2.0, preset="balanced"), line("wanda", "2:4", 4.0)]
+    lines += [line("defaults", "0.5", 1.5, preset="balanced", count=16)]
+    results.write_text("\n".join(lines))
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- model_quality: begin -->old<!-- model_quality: end -->\nafter\n")
+    quality_report.render(results, ["wanda", "sparsegpt", "defaults"], tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("-->\nafter\n")
+    assert "old" not in text
+    rows = [row for row in text.splitlines() if row.startswith("|")]
+    assert rows == [
+        "| loss | 2:4 | 50% |",
+        "|---|---|---|",
+        "| dense | 1.0 | 1.0 |",
+        "| wanda | 4.0 |  |",
+        "| sparsegpt | 3.0 |  |",
+        "| defaults | 2.0 |  |",
+        "| defaults, 16 for calibration |  | 1.5 |",
+    ]
+    assert (tmp_path / "img/quality-toy.png").stat().st_size > 10_000
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        quality_report.render(results, ["wanda", "sparsegpt", "defaults"], tmp_path)
