@@ -85,7 +85,7 @@ def _add_prune(commands: Any) -> None:
     command.add_argument(
         "--calibration",
         metavar="DATA",
-        help="an .npz, a directory of .npz feeds, or module:callable",
+        help="an .npz, .jsonl or .parquet, a directory of .npz feeds, module:callable, or random",
     )
     command.add_argument("--output", metavar="OUT.onnx", help="the sparse model to write")
     command.add_argument("--report-dir", metavar="DIR", help="write report.json here")
@@ -145,7 +145,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     options = read_toml(arguments.config, known) if arguments.config else {}
     given = {name: getattr(arguments, name) for name in known}
     options |= {name: value for name, value in given.items() if value is not None}
-    for name in ("calibration", "sparsity", "output"):
+    for name in ("sparsity", "output"):
         if name not in options:
             raise OptionError(f"--{name} is missing: give it as a flag or in the --config file")
     report_dir = options.pop("report_dir", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -47,16 +48,50 @@ class PruneConfig:
         "how long iobs searches (default: balanced)",
         choices=("fast", "balanced", "best"),
     )
+    text: str | None = _option(
+        None,
+        "calibrate on text: a file with one text a line, a .jsonl with a field text, or a "
+        "directory of both",
+        metavar="PATH",
+    )
+    tokenizer: str | None = _option(
+        None,
+        "tokenizer.json for --text (default: the one beside the model)",
+        metavar="FILE",
+    )
+    sequence_length: int | None = _option(
+        None,
+        "tokens in a text, samples in a piece of audio, or size of a dynamic axis of random data "
+        "(default: what the model fixes, else 128; one second of audio)",
+        type=int,
+        metavar="N",
+    )
+    pack: bool = _option(
+        False,
+        "let texts follow one another in full sequences, without padding",
+        action="store_true",
+    )
+    images: str | None = _option(
+        None, "calibrate on the images below this directory", metavar="DIR"
+    )
+    audio: str | None = _option(
+        None, "calibrate on the recordings below this directory", metavar="DIR"
+    )
+    preprocess: str | None = _option(
+        None,
+        "preprocessor_config.json for --images or --audio (default: the one beside the model)",
+        metavar="FILE",
+    )
     samples: int | None = _option(
         None,
-        "calibrate on this many samples: rows of an .npz, else feeds (default: all but those "
-        "held out)",
+        "calibrate on this many samples: rows, texts, images, pieces of audio, else feeds "
+        "(default: all but those held out)",
         type=int,
         metavar="N",
     )
     batch_size: int | None = _option(
         None,
-        "rows of an .npz in a batch (default: what the model fixes, else 16)",
+        "samples in a batch, except of ready-made feeds (default: what the model fixes, else 16)",
         type=int,
         metavar="N",
     )
@@ -130,7 +165,11 @@ class PruneConfig:
             self._require_choice(name)
         if self.preset is not None and self.solver != "iobs":
             raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")
-        for name in ("samples", "batch_size", "seed"):
+        for name in ("text", "tokenizer", "images", "audio", "preprocess"):
+            if not isinstance(value := getattr(self, name), str | os.PathLike | None):
+                raise OptionError(f"{name} {value!r}: expected a path")
+            object.__setattr__(self, name, None if value is None else os.fspath(value))
+        for name in ("samples", "batch_size", "sequence_length", "seed"):
             self._require_integer(name, least=0 if name == "seed" else 1)
         for name in ("damping", "learning_rate", "bias_compensation", "random_tokens"):
             value = getattr(self, name)
@@ -140,7 +179,7 @@ class PruneConfig:
         for name, least in (("bias_compensation", "at most"), ("random_tokens", "below")):
             if getattr(self, name) > 1 or (least == "below" and getattr(self, name) == 1):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected a share {least} 1")
-        for name in ("mask_padding", "residual"):
+        for name in ("mask_padding", "residual", "pack"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
 

@@ -42,6 +42,7 @@ from iobs_onnx.runtime import (
 from iobs_onnx.segments import Place, compare, default_memory_budget, prepared
 from iobs_onnx.select import select
 from iobs_onnx.site import Candidates, Site, Tap
+from iobs_onnx.sources import calibration_source
 from iobs_onnx.walk import Walk, rewrite_sites
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -65,8 +66,8 @@ class PruneResult:
 def prune(
     model: Model,
     *,
-    calibration: Any,
     sparsity: Any,
+    calibration: Any = None,
     output: str | os.PathLike[str] | None = None,
     solver: str = "iobs",
     progress: Progress | None = None,
@@ -79,10 +80,11 @@ def prune(
 
     Args:
         model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
-        calibration: an `.npz` (input name -> array whose first axis is samples), a directory of
-            `.npz` feeds, `"module:callable"`, an iterable of feeds, a dict of arrays, or an
-            ONNX Runtime `CalibrationDataReader`.
         sparsity: `"2:4"`, any `"N:M"`, `0.7` or `"70%"`.
+        calibration: an `.npz` (input name -> array whose first axis is samples), a directory of
+            `.npz` feeds, a `.jsonl` or `.parquet`, `"module:callable"`, an iterable of feeds, a
+            dict of arrays, an ONNX Runtime `CalibrationDataReader`, or `"random"`. None where
+            `text`, `images` or `audio` among the options names the data.
         output: the file to write; nothing is written if anything fails.
         solver: a name in :data:`iobs_onnx.solvers.SOLVERS`.
         progress: is told how far calibration and solving are.
@@ -103,9 +105,11 @@ def prune(
         require_output(dense, output)
     chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
     _require_sites(chosen)
+    inputs = input_specs(dense)
+    source = calibration_source(calibration, config, dense, model, inputs)
     data = open_data(
-        calibration,
-        input_specs(dense),
+        source,
+        inputs,
         samples=config.samples,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -140,7 +144,7 @@ def prune(
         model={**_file(model), "checker": complaint or "passed"},
         output=_file(output),
         runtime={**place.runtime, "device": str(device), "segments": len(segments)},
-        calibration=CalibrationRecord.of(calibration, data, walk.calibration, random_share),
+        calibration=CalibrationRecord.of(source, data, walk.calibration, random_share),
         sites=[solved[site].report for site in chosen.sites],
         declined=chosen.declined,
         fidelity=fidelity,

@@ -23,7 +23,7 @@ from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import OptionError
 from iobs_onnx.inspection import describe, describe_declined, tap_label
 from iobs_onnx.passes import achieved_sparsity
-from iobs_onnx.runtime import Calibration, Data, OutputFidelity
+from iobs_onnx.runtime import Calibration, Data, OutputFidelity, Samples
 from iobs_onnx.site import Declined, Site
 from iobs_onnx.sparsity import Pattern
 
@@ -112,7 +112,8 @@ class CalibrationRecord:
     """What the Hessians were made of.
 
     Attributes:
-        source: the path or `module:callable`; the type's name for data given in memory.
+        source: the path or `module:callable`, with the kind of data; the type's name for data
+            given in memory.
         samples, batches: that calibrated.
         random_tokens: share of random tokens mixed in; 0 for a model that looks up no tokens.
         held_out_samples: set aside for verification, never calibrated on.
@@ -136,8 +137,9 @@ class CalibrationRecord:
     ) -> CalibrationRecord:
         """Describe a finished calibration."""
         named = isinstance(source, str | os.PathLike)
+        label = os.fspath(source) if named else f"in memory ({type(source).__name__})"
         return cls(
-            source=os.fspath(source) if named else f"in memory ({type(source).__name__})",
+            source=source.label if isinstance(source, Samples) else label,
             samples=data.samples,
             batches=measured.batches,
             random_tokens=random_tokens,

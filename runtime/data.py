@@ -3,12 +3,14 @@
 Data come as
 
 * an `.npz` file, or a dict of arrays: input name -> array whose first axis is samples;
+* a `.jsonl` or `.parquet` of arrays: see :class:`iobs_onnx.runtime.TableSamples`;
 * a directory of `.npz` files, one ready-made feed each, whose shapes may differ;
 * `module:callable`, returning any of the forms that follow, or a dict of arrays;
 * an iterable of feeds (input name -> array), or an ONNX Runtime `CalibrationDataReader`
-  (`get_next()` returns a feed, None at the end), read once, front to back.
+  (`get_next()` returns a feed, None at the end), read once, front to back;
+* :class:`iobs_onnx.runtime.Samples`: texts, images, recordings, random numbers.
 
-A *sample* is a row of the first form and a feed of the others.
+A *sample* is a row of arrays or of a table, one of Samples, and a feed of the others.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, OptionError
 from iobs_onnx.runtime.feeds import Feed, Files, check_feed, read, stream
+from iobs_onnx.runtime.samples import Samples
 from iobs_onnx.runtime.session import InputSpec
+from iobs_onnx.runtime.table import SUFFIXES, TableSamples
 
 DEFAULT_BATCH = 16
 HOLDOUT = 64
@@ -74,8 +79,8 @@ def open_data(
         inputs: what the model takes, from :func:`iobs_onnx.runtime.session.input_specs`.
         samples: calibrate on exactly this many where that leaves one to hold out; otherwise all
             are used, a tenth of them held out, and a note says so.
-        batch_size: rows in a batch, for the first form only. Default: the model's static batch
-            size, else 16.
+        batch_size: samples in a batch, for arrays and Samples only. Default: the model's static
+            batch size, else 16.
         holdout: the most samples to hold out; 0 for none.
         seed: of the choice of samples.
 
@@ -93,12 +98,15 @@ def open_data(
     label = "calibration data"
     if isinstance(source, str | os.PathLike):
         label = f"data {os.fspath(source)}"
-        source = read(os.fspath(source), inputs, label)
+        path = os.fspath(source)
+        table = Path(path).suffix.lower() in SUFFIXES
+        source = TableSamples(path, inputs) if table else read(path, inputs, label)
     split = _Split(samples, holdout, seed)
+    if isinstance(source, Samples):
+        return _from_samples(source, inputs, batch_size, split)
     if isinstance(source, Mapping):
-        arrays = check_feed(source, inputs, label, rows=True)
-        size, fixed = _batch_size(inputs, batch_size)
-        return _from_rows(arrays, size, fixed, split, label)
+        arrays = _Arrays(check_feed(source, inputs, label, rows=True), label)
+        return _from_samples(arrays, inputs, batch_size, split)
     if batch_size is not None:
         raise OptionError(
             f"batch size {batch_size}: {label} holds ready-made feeds, whose size is fixed; "
@@ -143,26 +151,45 @@ class _Split:
             )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Batches of chosen rows of arrays; the last one may be short."""
+class _Arrays(Samples):
+    """The rows of arrays in memory."""
 
-    arrays: Feed
+    def __init__(self, arrays: Feed, label: str) -> None:
+        lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+        self.label, self._arrays = label, arrays
+        self._available = min(lengths.values(), default=0)
+        if self._available == 0 or len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{name!r} {count}" for name, count in lengths.items())
+            raise DataError(f"{label}: the arrays must have one first axis, of samples: {counts}")
+
+    def __len__(self) -> int:
+        return self._available
+
+    def feed(self, index: Sequence[int]) -> Feed:
+        """Return the chosen rows."""
+        return {name: array[np.asarray(index)] for name, array in self._arrays.items()}
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Batches of chosen samples, checked one by one; the last one may be short."""
+
+    samples: Samples
+    inputs: Sequence[InputSpec]
     chosen: NDArray[np.intp]
     size: int
 
     def __iter__(self) -> Iterator[Feed]:
         for start in range(0, len(self.chosen), self.size):
-            index = self.chosen[start : start + self.size]
-            yield {name: array[index] for name, array in self.arrays.items()}
+            index = self.chosen[start : start + self.size].tolist()
+            yield check_feed(self.samples.feed(index), self.inputs, self.samples.label)
 
 
-def _from_rows(arrays: Feed, size: int, fixed: bool, split: _Split, label: str) -> Data:
-    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-    available = min(lengths.values(), default=0)
-    if available == 0 or len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{name!r} {count}" for name, count in lengths.items())
-        raise DataError(f"{label}: the arrays must have one first axis, of samples: {counts}")
+def _from_samples(
+    samples: Samples, inputs: Sequence[InputSpec], batch_size: int | None, split: _Split
+) -> Data:
+    size, fixed = _batch_size(inputs, batch_size)
+    available = len(samples)
     held = split.held_out(available)
     if fixed and held:
         # At least one batch, if that leaves one to calibrate on.
@@ -170,10 +197,18 @@ def _from_rows(arrays: Feed, size: int, fixed: bool, split: _Split, label: str) 
     kept, rest = split.choose(available, held)
     dropped = len(kept) % size if fixed else 0
     if len(kept) == dropped:
-        raise DataError(f"{label}: {dropped} samples do not fill the model's batch of {size}")
+        raise DataError(
+            f"{samples.label}: {dropped} samples do not fill the model's batch of {size}"
+        )
     kept = kept[: len(kept) - dropped]
-    batches = -(-len(kept) // size)
-    data = Data(_Rows(arrays, kept, size), _Rows(arrays, rest, size), batches, len(kept), held)
+    data = Data(
+        _Batches(samples, inputs, kept, size),
+        _Batches(samples, inputs, rest, size),
+        -(-len(kept) // size),
+        len(kept),
+        held,
+        list(samples.notes),
+    )
     if dropped:
         data.notes.append(f"{dropped} samples were dropped: they do not fill a batch of {size}")
     split.note(data)

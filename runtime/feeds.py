@@ -149,7 +149,7 @@ def _check_array(value: object, spec: InputSpec, where: str, rows: bool) -> NDAr
                 raise DataError(
                     f"{where} has shape {array.shape}, the model takes {wanted} along axis {axis}"
                 )
-    if array.size == 0:
+    if array.size == 0 and not spec.cache:
         raise DataError(f"{where} is empty: shape {array.shape}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{where} holds NaN or Inf")

@@ -59,6 +59,11 @@ class InputSpec:
     shape: tuple[int | None, ...] | None
     optional: bool = False
 
+    @property
+    def cache(self) -> bool:
+        """Whether it holds past keys or values, of which there may be none."""
+        return self.name.startswith("past_key_values")
+
 
 def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSession:
     """Load a model into ONNX Runtime.

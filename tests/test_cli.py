@@ -134,6 +134,9 @@ def test_debug_shows_the_traceback(toy: Path, capsys) -> None:
 
 def test_missing_required_option_names_it(toy: Path, capsys) -> None:
     assert main(["prune", str(toy / "toy.onnx"), "--sparsity", "2:4"]) == 2
+    assert "--output is missing" in capsys.readouterr().err
+    command = ["prune", str(toy / "toy.onnx"), "--sparsity", "2:4", "--output", "out.onnx"]
+    assert main(command) == 2
     assert "--calibration is missing" in capsys.readouterr().err
 
 
