@@ -151,8 +151,10 @@ def _prune(arguments: argparse.Namespace) -> int:
     report_dir = options.pop("report_dir", None)
 
     from iobs_onnx.pipeline import prune
-    from iobs_onnx.report import render
+    from iobs_onnx.report import render, require_report_dir
 
+    if report_dir is not None:
+        require_report_dir(report_dir)
     console = _console()
     progress = Progress() if arguments.quiet or not console.is_terminal else _Bars(console)
     result = prune(arguments.model, progress=progress, **options)

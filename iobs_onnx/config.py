@@ -140,6 +140,12 @@ class PruneConfig:
         "(default: a quarter of the machine's memory)",
         metavar="SIZE",
     )
+    emit: Literal["dense", "sparse-initializer", "mask"] = _option(
+        "dense",
+        "how pruned weights are written: dense tensors with zeros, ONNX sparse tensors, or dense "
+        "with the masks in OUT.onnx.masks.safetensors",
+        choices=("dense", "sparse-initializer", "mask"),
+    )
     mask_padding: bool = _option(
         True, "count positions whose attention_mask is 0 as well", action="store_false"
     )
@@ -161,7 +167,8 @@ class PruneConfig:
             globs = (value,) if isinstance(value, str) else tuple(value or ())
             object.__setattr__(self, name, globs)
         object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
-        for name in ("solver", "preset", "compare", "provider", "device", "sequential", "target"):
+        choices = ("solver", "preset", "compare", "provider", "device", "sequential", "target")
+        for name in (*choices, "emit"):
             self._require_choice(name)
         if self.preset is not None and self.solver != "iobs":
             raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")

@@ -16,6 +16,7 @@ import torch
 
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.errors import CheckError, DependencyError, ModelError
+from iobs_onnx.output import describe_file, require_form, set_form, write
 from iobs_onnx.passes import (
     Surroundings,
     check_model,
@@ -24,10 +25,7 @@ from iobs_onnx.passes import (
     find_surroundings,
     find_token_input,
     load_model,
-    model_hash,
     partition,
-    require_output,
-    save_model,
 )
 from iobs_onnx.progress import Progress
 from iobs_onnx.report import CalibrationRecord, PruneReport, build_report
@@ -101,8 +99,7 @@ def prune(
     device = _device(config)
 
     dense = load_model(model)
-    if output is not None:
-        require_output(dense, output)
+    require_form(dense, output, config.emit)
     chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
     _require_sites(chosen)
     inputs = input_specs(dense)
@@ -134,15 +131,15 @@ def prune(
             walk = Walk(reference, working, config, place, device, advance, around)
             solved = walk.run(segments, feeds)
         rewrite_sites(sparse, solved, around)
+        form = set_form(sparse, chosen.sites, config)
         complaint = _check(dense, sparse, chosen.sites, config)
         fidelity = _compare(dense, sparse, data, place)
-    if output is not None:
-        save_model(sparse, output)
+    written = write(sparse, chosen.sites, output, config)
 
     report = build_report(
         config=config,
-        model={**_file(model), "checker": complaint or "passed"},
-        output=_file(output),
+        model={**describe_file(model), "checker": complaint or "passed"},
+        output={**written, **form},
         runtime={**place.runtime, "device": str(device), "segments": len(segments)},
         calibration=CalibrationRecord.of(source, data, walk.calibration, random_share),
         sites=[solved[site].report for site in chosen.sites],
@@ -151,13 +148,6 @@ def prune(
         seconds={**walk.seconds, "total": time.perf_counter() - started},
     )
     return PruneResult(sparse, report, report.output["path"])
-
-
-def _file(path: Any) -> dict[str, str | None]:
-    """Path and hash of a model file; both None for a model in memory."""
-    if not isinstance(path, str | os.PathLike):
-        return {"path": None, "sha256": None}
-    return {"path": os.fspath(path), "sha256": model_hash(path)}
 
 
 def _require_sites(chosen: Candidates) -> None:

@@ -188,6 +188,22 @@ class PruneReport:
         return path
 
 
+def require_report_dir(folder: str | os.PathLike[str]) -> None:
+    """Raise what :meth:`PruneReport.save` would, before a model is pruned and written.
+
+    Raises:
+        OptionError: the folder cannot be written, or cannot be made where it does not exist.
+    """
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise OptionError(f"report_dir {folder}: {existing} is no folder; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OptionError(f"report_dir {folder}: {existing} cannot be written; choose another")
+    if (path / "report.json").is_dir():
+        raise OptionError(f"report_dir {folder}: its report.json is a folder; choose another")
+
+
 def build_report(
     *,
     config: PruneConfig,
@@ -293,6 +309,25 @@ def declined_table(declined: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def _sizes(report: PruneReport) -> list[str]:
+    """Say how large the files are, and what a form other than the dense one brought."""
+    out = report.output
+    if out.get("bytes") is None:
+        return []
+    text = f"written as {out['form']}: {out['bytes']:,} bytes, {out['zstd_bytes']:,} with zstd"
+    if report.model.get("bytes") is not None:
+        text += (
+            f"; the dense model takes {report.model['bytes']:,}, {report.model['zstd_bytes']:,} "
+            "with zstd"
+        )
+    lines = [text]
+    if out["left_dense"]:
+        lines.append(f"{len(out['left_dense'])} tensors stay dense: report.json says why")
+    if out["refused"]:
+        lines.append(f"ONNX Runtime does not load this form: {out['refused']}")
+    return lines
+
+
 def _summary(report: PruneReport) -> list[RenderableType]:
     totals, calibration = report.totals, report.calibration
     lines = [
@@ -319,6 +354,7 @@ def _summary(report: PruneReport) -> list[RenderableType]:
         )
     if not report.verification:
         lines.append("outputs were not compared: the data leave no sample to hold out")
+    lines += _sizes(report)
     lines.append(
         "ONNX Runtime's CPU kernels do not use weight sparsity: expect speed from 2:4 on NVIDIA "
         "GPUs through TensorRT or cuSPARSELt"

@@ -2,12 +2,20 @@
 
 from iobs_onnx.passes.check import Violation, achieved_sparsity, check_model, check_pattern
 from iobs_onnx.passes.deploy import eligibility_2_4
-from iobs_onnx.passes.files import load_model, model_hash, require_output, save_model
+from iobs_onnx.passes.emit import masks_of, sparse_bytes, store_sparsely
+from iobs_onnx.passes.files import (
+    load_model,
+    mask_file,
+    model_hash,
+    require_output,
+    save_model,
+)
 from iobs_onnx.passes.find_sites import find_sites
 from iobs_onnx.passes.instrument import instrument
 from iobs_onnx.passes.partition import Segment, Sequential, partition
 from iobs_onnx.passes.prepare import prepare
 from iobs_onnx.passes.rewrite import rewrite
+from iobs_onnx.passes.sizes import Sizes, model_sizes
 from iobs_onnx.passes.surroundings import Surroundings, find_surroundings, rewrite_biases
 from iobs_onnx.passes.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.tokens import find_token_input
@@ -15,6 +23,7 @@ from iobs_onnx.passes.tokens import find_token_input
 __all__ = [
     "Segment",
     "Sequential",
+    "Sizes",
     "Slot",
     "Surroundings",
     "Violation",
@@ -27,7 +36,10 @@ __all__ = [
     "find_token_input",
     "instrument",
     "load_model",
+    "mask_file",
+    "masks_of",
     "model_hash",
+    "model_sizes",
     "partition",
     "prepare",
     "release",
@@ -35,5 +47,7 @@ __all__ = [
     "rewrite",
     "rewrite_biases",
     "save_model",
+    "sparse_bytes",
+    "store_sparsely",
     "stored_slots",
 ]

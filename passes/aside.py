@@ -100,6 +100,11 @@ def stays_sparse(slot: Slot) -> bool:
     return isinstance(sparse, _Sparse) and sparse.dense is slot.tensor
 
 
+def keep_sparse(slot: Slot, proto: onnx.SparseTensorProto) -> None:
+    """Have the file hold this tensor as `proto`, which stands for the same values."""
+    slot.value.meta[_SPARSE] = _Sparse(slot.tensor, proto)
+
+
 def _holds_foreign(scope: Scope) -> bool:
     if isinstance(scope, onnx.GraphProto) and (scope.sparse_initializer or _foreign_values(scope)):
         return True

@@ -6,12 +6,16 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from iobs_onnx.errors import ModelError, OptionError
 from iobs_onnx.passes import aside, protos, trace
@@ -68,13 +72,18 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir
     return loaded
 
 
-def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
+def save_model(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    masks: Mapping[str, NDArray[np.bool_]] | None = None,
+) -> None:
     """Write a model so that its file is either whole or not there.
 
     Initializers of 1 KiB and more go to `<name>.data` beside it when the model was loaded with
     external data or would exceed protobuf's 2 GB. The data file is packed anew, so nothing of a
-    replaced weight stays in it. Both files are written beside their places and then renamed,
-    data first.
+    replaced weight stays in it. `masks` go to `<name>.masks.safetensors`, by the names of stored
+    tensors. All files are written beside their places and then renamed, the model last.
 
     Raises:
         OptionError: the folder does not exist or cannot be written, or the output would
@@ -88,11 +97,21 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
                 model = model.clone()
                 _externalize(model, folder, data.name)
             beside.write_bytes(protos.to_proto(model).SerializeToString())
+            if masks is not None:
+                beside_masks = Path(folder, mask_file(target).name)
+                save_file(dict(masks), beside_masks, {"True": "kept"})
+                os.replace(beside_masks, mask_file(target))
             if data_beside.exists():
                 os.replace(data_beside, data)
             os.replace(beside, target)
     except OSError as error:
         raise OptionError(f"output {path}: cannot be written ({error.strerror})") from error
+
+
+def mask_file(path: str | os.PathLike[str]) -> Path:
+    """Return where :func:`save_model` puts the masks of a model."""
+    target = Path(path).absolute()
+    return target.with_name(f"{target.name}.masks.safetensors")
 
 
 def require_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -114,15 +133,25 @@ def model_hash(path: str | os.PathLike[str]) -> str:
     Raises:
         ModelError: as :func:`load_model`.
     """
-    file = Path(path).absolute()
-    locations = {os.fspath(tensor.location) for tensor in _external_tensors(load_model(file))}
+    file, *data = model_files(path)
     digest = hashlib.sha256(file.read_bytes())
-    for location in sorted(locations):
-        digest.update(location.encode())
-        with open(file.parent / location, "rb") as stream:
+    for other in data:
+        digest.update(os.fspath(other.relative_to(file.parent)).encode())
+        with other.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def model_files(path: str | os.PathLike[str]) -> list[Path]:
+    """Return a model's file, then those of its external data, sorted by name.
+
+    Raises:
+        ModelError: as :func:`load_model`.
+    """
+    file = Path(path).absolute()
+    locations = {os.fspath(tensor.location) for tensor in _external_tensors(load_model(file))}
+    return [file, *(file.parent / location for location in sorted(locations))]
 
 
 def _origin(model: ir.Model) -> _Origin:

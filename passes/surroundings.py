@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from iobs_onnx.passes import names, trace
+from iobs_onnx.passes.ops.use import optional
 from iobs_onnx.passes.tensors import stored_slot
 from iobs_onnx.site import Patches, Rows, Site, Tap
 
@@ -102,7 +103,7 @@ def _bias_operand(node: ir.Node, site: Site) -> tuple[ir.Node, int] | None:
     elif (adder := _only_reader(node.outputs[0])) is not None and adder.op_type == "Add":
         places = [(adder, index) for index in range(2)]
     for reader, index in places:
-        value = reader.inputs[index]
+        value = optional(reader, index)
         slot = None if value is None or value.graph is not node.graph else stored_slot(value)
         # Leading axes of length 1 may stand before the outputs.
         shape = () if slot is None else tuple(slot.tensor.shape.numpy())
@@ -122,7 +123,7 @@ def _residual(output: ir.Value, site: Site) -> Tap | None:
     adder = _only_reader(output)
     if adder is None or adder.op_type != "Add":
         return None
-    other = adder.inputs[1] if adder.inputs[0] is output else adder.inputs[0]
+    other = optional(adder, 1 if adder.inputs[0] is output else 0)
     if other is None or other is output or trace.stored_tensor(other) is not None:
         return None
     form = site.taps[0].form

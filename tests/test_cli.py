@@ -145,6 +145,23 @@ def test_output_is_checked_before_the_data_are_read(toy: Path, capsys) -> None:
     assert "missing/out.onnx" in capsys.readouterr().err
 
 
+def test_report_dir_is_checked_before_anything_is_written(toy: Path, capsys) -> None:
+    (toy / "taken").touch()
+    (toy / "odd" / "report.json").mkdir(parents=True)
+    for folder in ("taken", "taken/deeper", "odd"):
+        assert prune(toy, "--report-dir", str(toy / folder)) == 2
+        assert f"report_dir {toy / folder}: " in capsys.readouterr().err
+        assert not (toy / "out.onnx").exists()
+
+
+def test_forms_and_sizes_are_told(toy: Path, capsys) -> None:
+    assert prune(toy, "--emit", "sparse-initializer", "--report-dir", str(toy)) == 0
+    output = json.loads((toy / "report.json").read_text())["output"]
+    assert output["bytes"] == (toy / "out.onnx").stat().st_size
+    assert (output["form"], output["refused"]) == ("sparse-initializer", None)
+    assert f"written as sparse-initializer: {output['bytes']:,} bytes" in capsys.readouterr().out
+
+
 def test_output_must_not_be_the_input(toy: Path, capsys) -> None:
     before = (toy / "toy.onnx").read_bytes()
     assert prune(toy, "--output", str(toy / "toy.onnx")) == 2

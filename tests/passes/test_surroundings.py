@@ -52,6 +52,17 @@ def test_a_shared_bias_is_parted_and_an_own_one_exchanged(block, run):
     np.testing.assert_allclose(run(model, {"x": x})["z"], expected + 2, rtol=1e-4, atol=1e-4)
 
 
+def test_an_addition_that_lacks_an_input_adds_nothing(make):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], "M"),
+        helper.make_node("Add", ["m"], ["y"], "A"),
+    ]
+    model = load_model(make(nodes, {"x": ["n", 8]}, {"w": W}, ["y"]))
+    sites = find_sites(model).sites
+    [around] = find_surroundings(model, sites).values()
+    assert (around.bias, around.residual) == (None, None)
+
+
 def test_products_that_are_more_than_the_weight_times_the_rows(make):
     nodes = [
         helper.make_node("Gemm", ["x", "w", "b"], ["a"], "scaled", alpha=2.0),
