@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from iobs_onnx.passes import eligibility_2_4, find_sites, load_model
+from iobs_onnx.passes import eligibility_2_4, engines_2_4, find_sites, load_model
 from iobs_onnx.site import Declined, Site, Tap
 
 
@@ -58,6 +59,7 @@ def describe(site: Site) -> dict[str, Any]:
         "taps": [tap.label for tap in site.taps],
         "eligible_2_4": eligible,
         "eligibility_rule": rule,
+        "engines": [dataclasses.asdict(engine) for engine in engines_2_4(site)],
     }
 
 

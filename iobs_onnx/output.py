@@ -1,9 +1,10 @@
-"""Write a pruned model in the form that was asked for, and say how large it came out."""
+"""Write a pruned model in the form that was asked for, and say how large and where it is of use."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,6 +12,8 @@ import onnx_ir as ir
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import ModelError, OptionError
 from iobs_onnx.passes import (
+    deployment_warnings,
+    engines_2_4,
     mask_file,
     masks_of,
     model_hash,
@@ -18,9 +21,11 @@ from iobs_onnx.passes import (
     require_output,
     save_model,
     store_sparsely,
+    trtexec_command,
 )
-from iobs_onnx.runtime import open_session
+from iobs_onnx.runtime import Feed, available_providers, open_session
 from iobs_onnx.site import Site
+from iobs_onnx.sparsity import Pattern
 
 
 def require_form(model: ir.Model, output: str | os.PathLike[str] | None, form: str) -> None:
@@ -80,6 +85,38 @@ def write(
         if config.emit == "sparse-initializer":
             refused = _refused(output, config)
     return {**describe_file(output), "masks": masks, "refused": refused}
+
+
+def describe_deployment(
+    model: ir.Model,
+    sites: Sequence[Site],
+    patterns: Iterable[Pattern],
+    output: str | os.PathLike[str] | None,
+    feeds: Iterable[Feed],
+    config: PruneConfig,
+) -> dict[str, Any]:
+    """Return what engines can do with the pruned weights, for the report.
+
+    Args:
+        model: the sparse model.
+        sites: those pruned.
+        patterns: what they hold.
+        output: its file; a stand-in is named where there is none.
+        feeds: whose shapes the command's dynamic axes range over.
+        config: the options.
+    """
+    seen: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for feed in feeds:
+        for name, array in feed.items():
+            seen[name].append(array.shape)
+    engines = [engines_2_4(site) for site in sites]
+    return {
+        "tensorrt": sum(tensorrt.eligible for tensorrt, _ in engines),
+        "tensorrt_likely": sum(tensorrt.likely for tensorrt, _ in engines),
+        "cusparselt": sum(cusparselt.eligible for _, cusparselt in engines),
+        "trtexec": trtexec_command(model, output or "sparse.onnx", sites, seen),
+        "warnings": deployment_warnings(sites, patterns, available_providers(), config.emit),
+    }
 
 
 def _refused(path: str | os.PathLike[str], config: PruneConfig) -> str | None:

@@ -16,7 +16,7 @@ import torch
 
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.errors import CheckError, DependencyError, ModelError
-from iobs_onnx.output import describe_file, require_form, set_form, write
+from iobs_onnx.output import describe_deployment, describe_file, require_form, set_form, write
 from iobs_onnx.passes import (
     Surroundings,
     check_model,
@@ -144,6 +144,9 @@ def prune(
         calibration=CalibrationRecord.of(source, data, walk.calibration, random_share),
         sites=[solved[site].report for site in chosen.sites],
         declined=chosen.declined,
+        deployment=describe_deployment(
+            sparse, chosen.sites, [config.sparsity], output, data.held_out, config
+        ),
         fidelity=fidelity,
         seconds={**walk.seconds, "total": time.perf_counter() - started},
     )

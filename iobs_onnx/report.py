@@ -65,6 +65,7 @@ class SiteReport:
     taps: list[str]
     eligible_2_4: bool
     eligibility_rule: str
+    engines: list[dict[str, Any]]
     pattern: str
     sparsity: float
     layer_error: float
@@ -164,6 +165,7 @@ class PruneReport:
     sites: list[SiteReport]
     declined: list[dict[str, Any]]
     totals: dict[str, Any]
+    deployment: dict[str, Any]
     verification: list[OutputFidelity]
     seconds: dict[str, float]
 
@@ -213,6 +215,7 @@ def build_report(
     calibration: CalibrationRecord,
     sites: Sequence[SiteReport],
     declined: Sequence[Declined],
+    deployment: Mapping[str, Any],
     fidelity: Sequence[OutputFidelity],
     seconds: Mapping[str, float],
 ) -> PruneReport:
@@ -229,6 +232,7 @@ def build_report(
         sites=list(sites),
         declined=[describe_declined(item) for item in declined],
         totals=_totals(sites, declined),
+        deployment=dict(deployment),
         verification=list(fidelity),
         seconds=dict(seconds),
     )
@@ -355,10 +359,14 @@ def _summary(report: PruneReport) -> list[RenderableType]:
     if not report.verification:
         lines.append("outputs were not compared: the data leave no sample to hold out")
     lines += _sizes(report)
+    engines = report.deployment
     lines.append(
-        "ONNX Runtime's CPU kernels do not use weight sparsity: expect speed from 2:4 on NVIDIA "
-        "GPUs through TensorRT or cuSPARSELt"
+        f"2:4 kernels: TensorRT takes {engines['tensorrt']} of {totals['sites']} weights and is "
+        f"likely to pick {engines['tensorrt_likely']}, cuSPARSELt takes {engines['cusparselt']}"
     )
+    lines += [f"note: {warning}" for warning in engines["warnings"]]
+    if engines["tensorrt"]:
+        lines.append(f"try it: {engines['trtexec']}")
     seconds = report.seconds
     lines.append(
         f"{seconds['total']:.1f} s: calibration {seconds['calibrate']:.1f}, solving "

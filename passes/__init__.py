@@ -1,7 +1,14 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
 from iobs_onnx.passes.check import Violation, achieved_sparsity, check_model, check_pattern
-from iobs_onnx.passes.deploy import eligibility_2_4
+from iobs_onnx.passes.deploy import (
+    Engine,
+    deployment_warnings,
+    eligibility_2_4,
+    engines_2_4,
+    is_2_4,
+    trtexec_command,
+)
 from iobs_onnx.passes.emit import masks_of, sparse_bytes, store_sparsely
 from iobs_onnx.passes.files import (
     load_model,
@@ -21,6 +28,7 @@ from iobs_onnx.passes.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.tokens import find_token_input
 
 __all__ = [
+    "Engine",
     "Segment",
     "Sequential",
     "Sizes",
@@ -30,11 +38,14 @@ __all__ = [
     "achieved_sparsity",
     "check_model",
     "check_pattern",
+    "deployment_warnings",
     "eligibility_2_4",
+    "engines_2_4",
     "find_sites",
     "find_surroundings",
     "find_token_input",
     "instrument",
+    "is_2_4",
     "load_model",
     "mask_file",
     "masks_of",
@@ -50,4 +61,5 @@ __all__ = [
     "sparse_bytes",
     "store_sparsely",
     "stored_slots",
+    "trtexec_command",
 ]

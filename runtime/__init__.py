@@ -9,7 +9,13 @@ from iobs_onnx.runtime.images import ImageSamples
 from iobs_onnx.runtime.mix import with_random_tokens
 from iobs_onnx.runtime.noise import RandomSamples
 from iobs_onnx.runtime.samples import Samples
-from iobs_onnx.runtime.session import InputSpec, input_specs, open_session, session_info
+from iobs_onnx.runtime.session import (
+    InputSpec,
+    available_providers,
+    input_specs,
+    open_session,
+    session_info,
+)
 from iobs_onnx.runtime.table import TableSamples
 from iobs_onnx.runtime.text import TextSamples
 from iobs_onnx.runtime.verify import Fidelity, OutputFidelity
@@ -30,6 +36,7 @@ __all__ = [
     "Stream",
     "TableSamples",
     "TextSamples",
+    "available_providers",
     "calibrate",
     "default_pad_mask",
     "input_specs",

@@ -111,6 +111,15 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
     return session
 
 
+def available_providers() -> list[str]:
+    """Return the execution providers that the installed ONNX Runtime was built with.
+
+    Raises:
+        DependencyError: no onnxruntime is installed.
+    """
+    return list(_onnxruntime().get_available_providers())
+
+
 def session_info(session: ort.InferenceSession) -> dict[str, object]:
     """Return the version of ONNX Runtime and the execution providers in use, for a report."""
     return {"onnxruntime": _onnxruntime().__version__, "providers": session.get_providers()}
