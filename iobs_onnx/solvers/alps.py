@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from iobs_onnx.solvers.problem import Problem, Sparse
-from iobs_onnx.solvers.refit import refit
+from iobs_onnx.solvers.refit import refine
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ALPS:
         dense = (problem.weight * scale).T.contiguous()
         point = self._search(problem, dense, hessian)
         mask = _project(problem, point)
-        refined = refit(dense, mask, point, hessian, iterations=self.refinements)
+        refined = refine(dense, mask, point, hessian, self.refinements)
         return Sparse((refined / scale[:, None]).T.contiguous(), mask.T.contiguous())
 
     def _search(self, problem: Problem, dense: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,13 @@ Another in Neural Networks", ICML 2022, algorithm 1. Differences:
 1. The paper swaps by the quadratic with the kept weights as they are (CBS-S) and updates them
    once afterwards (CBS-U). Here a swap is judged by the quadratic after the update, exactly.
 2. The search begins at another solver's support, not at random ones.
-3. Weights are swapped within a group (N:M) or within an output (unstructured). Outputs share
-   no term of the quadratic, so that an exchange between two of them is a removal and a return,
-   each judged alone; such exchanges are made among the outputs that are searched together.
+3. The best swap is made even where it is uphill, and what has moved may not move again for a
+   while (Glover: "Tabu Search", ORSA Journal on Computing 1, 1989), so that the search leaves
+   local optima; each output keeps the best support it has passed.
+4. Weights are swapped within a group (N:M) or within an output (unstructured). The unstructured
+   budget moves between outputs too: each also remembers its best supports with one weight more
+   and one less, and :func:`allocate` chooses.
+5. Where there are few supports all of them are tried.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from typing import Protocol
 import torch
 
 import iobs_onnx.solvers as solvers  # noqa: PLR0402 - nothing imports from the root
+from iobs_onnx.solvers.allocate import allocate
+from iobs_onnx.solvers.exhaustive import all_supports, exhaustive
 from iobs_onnx.solvers.problem import Problem, Solver, Sparse
 from iobs_onnx.solvers.refit import refit
 from iobs_onnx.solvers.tableau import Tableaux, rows_at_once
@@ -27,41 +33,46 @@ from iobs_onnx.sparsity import NM
 
 @dataclass(frozen=True)
 class CBS:
-    """Local search by swaps from the support of another solver; never worse than its refit.
+    """Tabu search by swaps from the support of another solver; never worse than its refit.
 
-    Every swap lowers the quadratic; the search ends at a support that no swap improves by more
-    than `gain`.
-
-    Time `in³` multiply-adds a row to set up, then `in²` a swap and row, in chunks of rows that
+    Time `½ in³` multiply-adds a row to set up and `2 in²` a swap and row, in chunks of rows that
     take 128 MiB.
 
     Attributes:
         start: name or instance of the solver whose support is improved.
-        gain: a row ends when its best swap lowers its error by less than this fraction.
-        swaps: most swaps a row, as a fraction of `in`.
+        swaps: most swaps of each row.
+        tenure: swaps for which a weight that moved stays where it is. 0: only swaps that
+            lower the error by more than `gain` are made, and a row ends when there is none.
+        gain: least gain of a swap, as a fraction of the row's error; only for tenure 0.
         candidates: removed weights of an output tried against every kept one, best gain
             first; only for unstructured patterns, N:M tries every pair of a group.
+        tiny: with no more supports an output than this, all are tried instead.
         tolerance: relative gradient on the support at which the refit ends.
     """
 
     start: str | Solver = "sparsegpt"
+    swaps: int = 96
+    tenure: int = 10
     gain: float = 1e-4
-    swaps: float = 1.0
     candidates: int = 8
+    tiny: int = 512
     tolerance: float = 1e-4
 
     def solve(self, problem: Problem) -> Sparse:
         """Return the improved support and the optimal weights on it."""
+        supports = all_supports(problem.pattern, problem.weight.shape[1], self.tiny)
+        if supports is not None:
+            return self._refit(problem, exhaustive(problem, supports))
         first = solvers.make_solver(self.start).solve(problem).mask
         rows = rows_at_once(first.shape[1])
-        masks = [
+        found = [
             self._search(problem, weight, mask)
-            for block, start in zip(
-                problem.weight.split(problem.blocks), first.split(problem.blocks), strict=True
-            )
-            for weight, mask in zip(block.split(rows), start.split(rows), strict=True)
+            for weight, mask in zip(problem.weight.split(rows), first.split(rows), strict=True)
         ]
-        before, after = self._refit(problem, first), self._refit(problem, torch.cat(masks))
+        errors, masks = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        chosen = allocate(errors, masks.sum(2), problem.blocks)
+        mask = masks[chosen, torch.arange(len(first), device=first.device)]
+        before, after = self._refit(problem, first), self._refit(problem, mask)
         # The search rounds, so what it gained is measured.
         better = _block_errors(problem, after.weight) < _block_errors(problem, before.weight)
         return Sparse(*(torch.where(better, a, b) for a, b in zip(after, before, strict=True)))
@@ -71,8 +82,10 @@ class CBS:
         weight = refit(dense, kept, dense, problem.damped, tolerance=self.tolerance)
         return Sparse(weight.T.contiguous(), mask)
 
-    def _search(self, problem: Problem, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the improved masks of some rows."""
+    def _search(
+        self, problem: Problem, weight: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the best errors of some rows, `(options, rows)`, and their masks."""
         state = _at(problem, weight, mask)
         pattern = problem.pattern
         if isinstance(pattern, NM):
@@ -82,48 +95,55 @@ class CBS:
         # Twice the quadratic is wᵀHw less what the kept weights explain of it.
         target = weight @ problem.damped
         error = (target * (weight - state.y.where(mask, 0.0))).sum(1)
-        for _ in range(round(self.swaps * weight.shape[1])):
-            change, out, back = pairs.best()
-            active = change < -self.gain * error
-            if bool(active.any()):
-                moves = [back, out]
-            elif isinstance(pattern, NM):
+        best = _Best(state, error, neighbours=not isinstance(pattern, NM))
+        free = torch.zeros_like(mask, dtype=torch.int32)  # the swap at which each may move again
+        for step in range(self.swaps):
+            change, out, back = pairs.best(free <= step)
+            active = change.isfinite() if self.tenure else change < -self.gain * error
+            if not bool(active.any()):
                 break
-            else:
-                change, out = _exchange(state, self.gain * float(error.mean()))
-                active = change != 0
-                if not bool(active.any()):
-                    break
-                moves = [out]
-            for which in moves:
+            for which in (back, out):
                 pairs.follow(*state.move(which, active))
+                free.scatter_(1, which[:, None], step + 1 + self.tenure)
             error = torch.where(active, error + change, error)
-        return state.kept
+            best.update(error)
+        return best.errors, best.masks
 
 
-def _exchange(state: Tableaux, least: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose rows that give a weight and rows that get one: most gain with least cost first.
+class _Best:
+    """The best support of each row so far, and with `neighbours` those of one weight more or less.
 
-    A pair must gain more than `least`.
-
-    Returns:
-        What each row's twice the quadratic changes by, 0 for rows that stay, and its move.
+    Attributes:
+        errors: `(options, rows)`, twice the quadratic.
+        masks: `(options, rows, in)`.
     """
-    worth = state.y.square() / state.diagonal
-    gains, back = worth.masked_fill(state.kept, -torch.inf).max(1)
-    costs, out = worth.neg().masked_fill(~state.kept, torch.inf).min(1)
-    change = torch.zeros_like(gains)
-    givers = iter(costs.argsort(stable=True).tolist())
-    used: set[int] = set()
-    for getter in gains.argsort(descending=True, stable=True).tolist():
-        if getter in used:
-            continue
-        giver = next((row for row in givers if row != getter and row not in used), None)
-        if giver is None or gains[getter] - costs[giver] <= least:
-            break
-        used |= {getter, giver}
-        change[getter], change[giver] = -gains[getter], costs[giver]
-    return change, torch.where(change < 0, back, out)
+
+    def __init__(self, state: Tableaux, error: torch.Tensor, *, neighbours: bool) -> None:
+        self._state = state
+        self._neighbours = neighbours
+        options = 3 if neighbours else 1
+        self.errors = error.new_full((options, len(error)), torch.inf)
+        self.masks = state.kept.expand(options, *state.kept.shape).clone()
+        self.update(error)
+
+    def update(self, error: torch.Tensor) -> None:
+        """Compare with the state, whose rows have this error."""
+        self._keep(0, error, None)
+        if self._neighbours:
+            worth = self._state.y.square() / self._state.diagonal  # negative where kept
+            gain, more = worth.masked_fill(self._state.kept, -torch.inf).max(1)
+            cost, less = worth.masked_fill(~self._state.kept, -torch.inf).max(1)
+            self._keep(1, error - gain, more)
+            self._keep(2, error - cost, less)
+
+    def _keep(self, option: int, error: torch.Tensor, flipped: torch.Tensor | None) -> None:
+        rows = (error < self.errors[option]).nonzero().squeeze(1)
+        self.errors[option, rows] = error[rows]
+        masks = self._state.kept[rows]
+        if flipped is not None:
+            at = flipped[rows, None]
+            masks.scatter_(1, at, ~masks.gather(1, at))
+        self.masks[option, rows] = masks
 
 
 def _at(problem: Problem, weight: torch.Tensor, mask: torch.Tensor) -> Tableaux:
@@ -140,8 +160,11 @@ def _at(problem: Problem, weight: torch.Tensor, mask: torch.Tensor) -> Tableaux:
 
 
 class _Pairs(Protocol):
-    def best(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def best(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return each row's best swap: its change, the weight to remove, the one to bring back.
+
+        Only weights that are `free`, `(rows, in)` bool, take part; the change is infinite where
+        no swap is left.
 
         Bringing j back changes twice the quadratic by `−y_j² / T_jj`, and then removing i by
         `−y_i'² / T_ii'` with `y_i' = y_i − T_ij y_j / T_jj` and `T_ii' = T_ii − T_ij² / T_jj`.
@@ -160,16 +183,17 @@ class _GroupPairs:
         self._state = state
         self._blocks = state.blocks(size)
 
-    def best(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def best(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         size = self._blocks.shape[-1]
         y = self._state.y.unflatten(1, (-1, size))
         diagonal = self._state.diagonal.unflatten(1, (-1, size))
-        kept = self._state.kept.unflatten(1, (-1, size))
+        out = (self._state.kept & free).unflatten(1, (-1, size))
+        back = (~self._state.kept & free).unflatten(1, (-1, size))
         across = self._blocks / diagonal[:, :, None]
         others = y[..., None] - across * y[:, :, None]
         pivots = diagonal[..., None] - across * self._blocks
         changes = -(y.square() / diagonal)[:, :, None] - others.square() / pivots
-        changes.masked_fill_(~kept[..., None] | kept[:, :, None], torch.inf)
+        changes.masked_fill_(~(out[..., None] & back[:, :, None]), torch.inf)
         change, pair = changes.flatten(1).min(1)
         group, pair = pair // size**2, pair % size**2
         return change, group * size + pair // size, group * size + pair % size
@@ -186,17 +210,18 @@ class _RowPairs:
         self._state = state
         self._count = count
 
-    def best(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def best(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         y, diagonal = self._state.y, self._state.diagonal
         kept = self._state.kept
-        gains = (y.square() / diagonal).masked_fill(kept, -torch.inf)
+        gains = (y.square() / diagonal).masked_fill(kept | ~free, -torch.inf)
         gain, back = gains.topk(self._count, dim=1)
         columns = self._state.columns(back)
         across = columns / diagonal.gather(1, back)[..., None]
         others = y[:, None] - across * y.gather(1, back)[..., None]
         pivots = diagonal[:, None] - across * columns
         changes = -gain[..., None] - others.square() / pivots
-        changes.masked_fill_(~kept[:, None], torch.inf)
+        # A row may have fewer than `count` weights to bring back.
+        changes.masked_fill_(~(kept & free)[:, None] | gain.isneginf()[..., None], torch.inf)
         change, pair = changes.flatten(1).min(1)
         inputs = y.shape[1]
         returning = back.gather(1, pair[:, None] // inputs).squeeze(1)

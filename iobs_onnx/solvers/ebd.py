@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from iobs_onnx.solvers.problem import Problem, Sparse
-from iobs_onnx.solvers.refit import refit
+from iobs_onnx.solvers.refit import refine, refit
 from iobs_onnx.sparsity import NM, Pattern, Unstructured
 
 
@@ -61,7 +61,7 @@ class EBD:
             # All but a factor ½: the projection only compares.
             saliency = (point - gradient / curvature).square() * curvature
             mask = replace(problem, pattern=pattern).project(saliency.T).T
-            point = refit(dense, mask, point, hessian, iterations=self.steps)
+            point = refine(dense, mask, point, hessian, self.steps)
             gradient = hessian @ (point - dense)
             if pattern != problem.pattern:
                 continue

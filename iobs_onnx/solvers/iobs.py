@@ -21,7 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from iobs_onnx.solvers.problem import Problem, Sparse, inverse
+from iobs_onnx.solvers.allocate import allocate
+from iobs_onnx.solvers.cbs import CBS
+from iobs_onnx.solvers.problem import Problem, Solver, Sparse, inverse
 from iobs_onnx.solvers.refit import refit
 from iobs_onnx.sparsity import NM
 
@@ -29,6 +31,8 @@ from iobs_onnx.sparsity import NM
 _OUTPUTS = 512
 # Standard deviation of the factor that shakes an iterate before the search is taken up again.
 _SHAKE = 0.1
+# Over-relaxation of the steps on a fixed mask.
+_RELAXATION = 1.6
 
 
 @dataclass(frozen=True)
@@ -42,21 +46,22 @@ class IOBS:
         settled: the search ends when at most this fraction of the mask changed.
         iterations: the search ends then in any case.
         restarts: how often the search is taken up again at `reheat` from the best point, shaken;
-            of N:M every output keeps its best support, of unstructured patterns every site.
+            every output keeps its best support, of unstructured patterns within the budget.
         reheat: ρ at a restart.
-        tolerance: relative gradient on the support at which the refit ends.
-        refit_iterations: the refit ends then in any case.
+        refinements: over-relaxed proximal steps on the final mask, before the refit.
+        tolerance: relative gradient on the support at which the refit ends; None for no refit,
+            which leaves the weights near their optimum, not at it.
     """
 
-    rho: float = 0.13
-    growth: float = 1.03
+    rho: float = 0.15
+    growth: float = 1.027
     saliency: float = 0.75
     settled: float = 2e-3
     iterations: int = 1000
     restarts: int = 0
     reheat: float = 0.25
-    tolerance: float = 1e-4
-    refit_iterations: int = 200
+    refinements: int = 4
+    tolerance: float | None = 1e-4
 
     def solve(self, problem: Problem) -> Sparse:
         """Return a weight that is optimal on its support, to `tolerance`."""
@@ -64,15 +69,13 @@ class IOBS:
         hessian = problem.damped / (scale * scale[:, None])
         parts = _split(problem, scale[:, None])
         rho = self._search(problem, parts, hessian, self.rho)
-        self._refit(problem, parts)
         noise = torch.Generator(problem.weight.device).manual_seed(0)
         for _ in range(self.restarts):
             for part in parts:
                 part.reheat(problem, rho / self.reheat, noise)
             self._search(problem, parts, hessian, self.reheat)
-            self._refit(problem, parts)
-        weight = torch.cat([part.best.T for part in parts])
-        return Sparse(weight, torch.cat([part.best_mask.T for part in parts]))
+        weight = torch.cat([part.best for part in parts], 1).T.contiguous()
+        return Sparse(weight, torch.cat([part.best_mask for part in parts], 1).T.contiguous())
 
     def _scale(self, problem: Problem) -> torch.Tensor:
         diagonal = problem.damped.diagonal()
@@ -84,39 +87,33 @@ class IOBS:
     def _search(
         self, problem: Problem, parts: Sequence[_Part], hessian: torch.Tensor, rho: float
     ) -> float:
-        """Move every part's iterate until the masks have settled; return the last ρ."""
+        """Move every part's iterate until the masks have settled, then fit the weights.
+
+        Returns:
+            The last ρ.
+        """
         inputs, outputs = problem.weight.T.shape
         # An inverse costs about as much as 1.5·in/out steps.
         hold = max(2, min(8, round(1.5 * inputs / outputs)))
         allowed = self.settled * problem.weight.numel()
         growth = 1.0
-        for count in range(self.iterations):
-            if count % hold == 0:
-                rho *= growth
-                resolvent = _resolvent(hessian, rho)
-            else:
-                growth = 1.0
+        resolvent = _resolvent(hessian, rho)
+        for count in range(1, self.iterations + 1):
             changed = sum(part.step(problem, resolvent, growth) for part in parts)
-            growth = self.growth**hold
             if changed <= allowed:
                 break
-        return rho
-
-    def _refit(self, problem: Problem, parts: Sequence[_Part]) -> None:
-        """Find each part's optimal weights on its mask; keep what is better than before."""
+            growth = 1.0
+            if self.growth != 1.0 and count % hold == 0:
+                growth = self.growth**hold
+                rho *= growth
+                resolvent = _resolvent(hessian, rho)
         for part in parts:
-            refitted = refit(
-                part.dense,
-                part.mask,
-                part.iterate / part.scale,
-                problem.damped,
-                tolerance=self.tolerance,
-                iterations=self.refit_iterations,
-            )
-            if self.restarts:
-                part.keep_better(problem, refitted)
-            else:
-                part.best, part.best_mask = refitted, part.mask
+            part.refine(resolvent, self.refinements)
+            weight = part.iterate / part.scale * part.mask
+            if (least := self.tolerance) is not None:
+                weight = refit(part.dense, part.mask, weight, problem.damped, tolerance=least)
+            part.keep_better(problem, weight)
+        return rho
 
 
 class _Part:
@@ -136,21 +133,29 @@ class _Part:
         self.best = dense
         self.best_mask = self.mask
         self._best_iterate = self.iterate
-        self._error = torch.full((dense.shape[1],), torch.inf, device=dense.device)
 
     def _project(self, problem: Problem) -> torch.Tensor:
         return problem.project(self.iterate.abs().T).T
 
     def step(self, problem: Problem, resolvent: torch.Tensor, growth: float) -> int:
-        """Take one proximal Newton step and projection; return how much of the mask changed.
+        """Take one proximal Newton step and projection; return how much of the mask changed."""
+        self.iterate = self._proximal(resolvent, growth)
+        previous, self.mask = self.mask, self._project(problem)
+        return int((self.mask != previous).count_nonzero())
 
-        With `A = ρ (H + ρI)⁻¹` the step is `X = W + A (D − V/ρ − W)`; growing ρ shrinks `V/ρ`.
+    def refine(self, resolvent: torch.Tensor, steps: int) -> None:
+        """Take over-relaxed steps on the mask as it is; they cost no gradient to begin with."""
+        for _ in range(steps):
+            self.iterate = self.iterate.lerp(self._proximal(resolvent), _RELAXATION)
+
+    def _proximal(self, resolvent: torch.Tensor, growth: float = 1.0) -> torch.Tensor:
+        """Return the next `X + V/ρ`; growing ρ shrinks `V/ρ`.
+
+        With `A = ρ (H + ρI)⁻¹` the step is `X = W + A (D − V/ρ − W)`.
         """
         kept = self.iterate * self.mask
-        base = torch.add(self.weight, self.iterate.sub_(kept), alpha=1.0 / growth)
-        self.iterate = base.addmm(resolvent, kept.sub_(base))
-        previous, self.mask = self.mask, self._project(problem)
-        return int((self.mask != previous).sum())
+        base = torch.add(self.weight, self.iterate - kept, alpha=1.0 / growth)
+        return base.addmm(resolvent, kept.sub_(base))
 
     def reheat(self, problem: Problem, cooling: float, noise: torch.Generator) -> None:
         """Go back to the best point, with `V/ρ` for a ρ that is `cooling` times smaller, shaken."""
@@ -161,14 +166,15 @@ class _Part:
         self.mask = self._project(problem)
 
     def keep_better(self, problem: Problem, refitted: torch.Tensor) -> None:
-        """Remember the outputs, or whole sites, whose error is the lowest so far."""
-        delta = refitted - self.dense
-        error = ((problem.damped @ delta) * delta).sum(0)
-        if not isinstance(problem.pattern, NM):  # the budget is a whole site's
-            sums = [block.sum().expand(len(block)) for block in error.split(problem.blocks)]
-            error = torch.cat(sums)
-        better = error < self._error
-        self._error = error.where(better, self._error)
+        """Take over the outputs that lower the error within the budget."""
+        if self.best is self.dense:
+            self.best, self.best_mask, self._best_iterate = refitted, self.mask, self.iterate
+            return
+        deltas = [weight - self.dense for weight in (self.best, refitted)]
+        errors = torch.stack([((problem.damped @ delta) * delta).sum(0) for delta in deltas])
+        counts = torch.stack([self.best_mask.sum(0), self.mask.sum(0)])
+        blocks = counts.shape[1:] if isinstance(problem.pattern, NM) else problem.blocks
+        better = allocate(errors, counts, blocks).bool()
         self.best = refitted.where(better, self.best)
         self.best_mask = self.mask.where(better, self.best_mask)
         self._best_iterate = self.iterate.where(better, self._best_iterate)
@@ -186,8 +192,8 @@ def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
     return inverse(shifted, f"H/ρ + I with ρ = {rho:.3g}")
 
 
-PRESETS = {
-    "fast": IOBS(rho=0.5, growth=1.0, iterations=3, refit_iterations=3),
+PRESETS: dict[str, Solver] = {
+    "fast": IOBS(rho=0.5, growth=1.0, saliency=0.0, iterations=2, refinements=2, tolerance=None),
     "balanced": IOBS(),
-    "best": IOBS(rho=0.1, growth=1.02, settled=3e-4, restarts=4),
+    "best": CBS(start=IOBS(rho=0.1, growth=1.02, settled=3e-4, restarts=4)),
 }

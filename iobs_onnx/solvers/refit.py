@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+
+from iobs_onnx.errors import SolverError
 
 
 def refit(
@@ -12,7 +16,6 @@ def refit(
     hessian: torch.Tensor,
     *,
     tolerance: float = 1e-4,
-    iterations: int = 200,
 ) -> torch.Tensor:
     """Minimise `½ tr((X − W) H (X − W)ᵀ)` over `X` that vanish outside the mask.
 
@@ -24,20 +27,48 @@ def refit(
         mask: `(in, out)` bool, True = kept.
         start: `(in, out)`, where the iteration starts; masked here.
         hessian: `(in, in)` float32, positive definite.
-        tolerance: stop when the gradient on the support is this small relative to `‖H Wᵀ‖`.
-        iterations: stop then in any case.
+        tolerance: the gradient on the support is at most this relative to `‖H Wᵀ‖`.
+
+    Raises:
+        SolverError: `H` is so ill-conditioned that the gradient does not become that small.
     """
-    target = hessian @ weight
+    enough = tolerance * float((hessian @ weight).norm())
+    least = float("inf")
+    for count, (x, residual) in enumerate(_descend(weight, mask, start, hessian)):
+        gradient = float(residual.norm())
+        if gradient <= enough:
+            return x
+        least = min(least, gradient)
+        if count >= _MOST:
+            break
+    raise SolverError(
+        f"the refit ended after {_MOST} iterations with a relative gradient of "
+        f"{tolerance * least / enough:.1e}, over {tolerance:.0e}: raise the damping"
+    )
+
+
+def refine(
+    weight: torch.Tensor, mask: torch.Tensor, start: torch.Tensor, hessian: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """Take so many of the steps of :func:`refit`, or fewer where the optimum is reached."""
+    for count, (x, residual) in enumerate(_descend(weight, mask, start, hessian)):
+        if count >= steps or not bool(residual.any()):
+            return x
+    raise AssertionError("the descent has no end of its own")
+
+
+def _descend(
+    weight: torch.Tensor, mask: torch.Tensor, start: torch.Tensor, hessian: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the iterate, updated in place, and the descent direction on its support."""
     scale = mask / hessian.diagonal()[:, None]
     x = start * mask
-    residual = (target - hessian @ x) * mask
-    enough = tolerance * tolerance * float(target.square().sum())
+    residual = (hessian @ (weight - x)) * mask
     preconditioned = residual * scale
     direction = preconditioned.clone()
     descent = (residual * preconditioned).sum(0)
-    for _ in range(iterations):
-        if float(residual.square().sum()) <= enough:
-            break
+    while True:
+        yield x, residual
         image = (hessian @ direction) * mask
         step = descent / (direction * image).sum(0).clamp_min(_TINY)
         x += step * direction
@@ -45,7 +76,8 @@ def refit(
         preconditioned = residual * scale
         previous, descent = descent, (residual * preconditioned).sum(0)
         direction.mul_(descent / previous.clamp_min(_TINY)).add_(preconditioned)
-    return x
 
 
+# Far more than layers need under 1 % of damping, some 20; float32 ends sooner or not at all.
+_MOST = 1000
 _TINY = torch.finfo(torch.float32).tiny

@@ -49,6 +49,7 @@ class Tableaux:
         self.y = y.clone()
         self.index = torch.arange(inputs, device=y.device).expand(rows, inputs)
         self._base = base.expand(rows, inputs, inputs)
+        self._shared = True  # still the one matrix that was given
         self._panel = y.new_empty(rows, WIDTH, inputs)
         self._signs = y.new_empty(rows, WIDTH)
         self._pending = 0
@@ -118,10 +119,11 @@ class Tableaux:
         """Apply the pending changes to the base."""
         panel = self._panel[:, : self._pending]
         left = (panel * self._signs[:, : self._pending, None]).mT
-        if self._base.stride(0):
-            self._base.baddbmm_(left, panel, alpha=-1.0)
-        else:  # still the one matrix that all rows share
+        if self._shared:
             self._base = torch.baddbmm(self._base, left, panel, alpha=-1.0)
+            self._shared = False
+        else:
+            self._base.baddbmm_(left, panel, alpha=-1.0)
         self._pending = 0
 
     def narrow(self, columns: torch.Tensor) -> None:
@@ -133,7 +135,7 @@ class Tableaux:
         narrow = self._base.new_empty(*columns.shape, columns.shape[1])
         for old, new, kept in zip(self._base, narrow, columns, strict=True):
             torch.index_select(old.index_select(0, kept), 1, kept, out=new)
-        self._base = narrow
+        self._base, self._shared = narrow, False
         self._panel = self._panel.new_empty(*self._panel.shape[:2], columns.shape[1])
         self.kept = self.kept.gather(1, columns)
         self.diagonal = self.diagonal.gather(1, columns)

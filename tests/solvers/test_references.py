@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from iobs_onnx.solvers import (
     OBS,
     Magnitude,
     Problem,
+    Sparse,
     SparseGPT,
     Wanda,
+    make_solver,
 )
 from iobs_onnx.solvers import ebd as ebd_module
 from iobs_onnx.solvers.eigenspace import Eigenspace, LowRankRows
@@ -268,41 +271,94 @@ def swaps(mask: NDArray[np.bool_], pattern: Pattern) -> list[tuple[int, int]]:
     return [(i, j) for i, j in pairs if i // pattern.m == j // pattern.m]
 
 
+@dataclass(frozen=True)
+class Given:
+    """Stands for the solver that CBS starts from."""
+
+    mask: torch.Tensor
+
+    def solve(self, problem: Problem) -> Sparse:
+        return Sparse(problem.weight * self.mask, self.mask)
+
+
+def row_error(problem: Problem, row: int, mask: NDArray[np.bool_]) -> float:
+    weight, hessian = arrays(problem)
+    x = optimal(weight[row : row + 1], mask[None], hessian)[0] - weight[row]
+    return float(x @ hessian @ x)
+
+
+def flipped(mask: NDArray[np.bool_], *which: int) -> NDArray[np.bool_]:
+    other = mask.copy()
+    other[list(which)] ^= True
+    return other
+
+
+def row_alone(problem: Problem, row: int, keep: int) -> Problem:
+    pattern = problem.pattern
+    if isinstance(pattern, Unstructured):
+        pattern = Unstructured(1 - keep / problem.weight.shape[1])
+    return replace(problem, weight=problem.weight[row : row + 1], pattern=pattern, blocks=(1,))
+
+
 @pytest.mark.parametrize("start", ["magnitude", "sparsegpt", "iobs"])
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 8), Unstructured(0.4)], ids=str)
-def test_cbs_ends_where_no_swap_helps(
+def test_cbs_without_tenure_ends_where_no_swap_helps(
     make_problem: MakeProblem, errors: Errors, pattern: Pattern, start: str
 ) -> None:
     problem = make_problem("correlated", pattern, outputs=4, inputs=16)
-    weight, hessian = arrays(problem)
-    solution = CBS(start=start, candidates=16, gain=1e-4, swaps=10.0).solve(problem)
-    found = errors(problem, solution.weight)
-
-    def error(row: int, mask: NDArray[np.bool_]) -> float:
-        x = optimal(weight[row : row + 1], mask[None], hessian)[0] - weight[row]
-        return float(x @ hessian @ x)
-
-    masks = solution.mask.numpy()
-    rows = list(enumerate(masks))
-    for row, mask in rows:
-        for i, j in swaps(mask, pattern):
-            other = mask.copy()
-            other[[i, j]] = False, True
-            assert error(row, other) >= found[row] * (1 - 5e-4), (row, i, j)
+    descent = CBS(candidates=16, tenure=0, tiny=0, start=start)
+    first = make_solver(start).solve(problem).mask
+    least = np.empty(4)
+    masks = np.empty((4, 16), bool)
+    for row, mask in enumerate(first):
+        alone = row_alone(problem, row, int(mask.sum()))
+        solution = replace(descent, start=Given(mask[None])).solve(alone)
+        least[row], masks[row] = errors(alone, solution.weight)[0], solution.mask.numpy()[0]
+        for i, j in swaps(masks[row], pattern):
+            assert row_error(problem, row, flipped(masks[row], i, j)) >= least[row] * (1 - 5e-4)
+    total = errors(problem, descent.solve(problem).weight).sum()
+    assert total <= least.sum() * (1 + 1e-4)
     if isinstance(pattern, Unstructured):
-        # Nor does moving a weight of the budget from one output to another.
-        toggled = np.array(
-            [
-                [error(row, m ^ (np.arange(16) == j)) for j in range(16)]
-                for row, m in enumerate(masks)
-            ]
-        )
-        change = toggled - found[:, None]
-        gains = np.where(masks, 0.0, -change).max(1)
+        # Together the rows may also pass a weight of the budget from one to another.
+        change = [
+            [row_error(problem, row, flipped(mask, j)) - least[row] for j in range(16)]
+            for row, mask in enumerate(masks)
+        ]
+        gains = np.where(masks, np.inf, change).min(1)
         costs = np.where(masks, change, np.inf).min(1)
-        for getter, giver in product(range(4), range(4)):
-            if getter != giver:
-                assert gains[getter] <= costs[giver] + 2e-4 * found.mean()
+        for getter, giver in permutations(range(4), 2):
+            assert total <= (least.sum() + gains[getter] + costs[giver]) * (1 + 1e-4)
+
+
+def naive_tabu(problem: Problem, mask: NDArray[np.bool_], count: int, tenure: int) -> float:
+    """Least error of one row on the way, every swap solved afresh."""
+    least = row_error(problem, 0, mask)
+    free = np.zeros(len(mask), int)
+    for step in range(count):
+        allowed = [pair for pair in swaps(mask, problem.pattern) if max(free[list(pair)]) <= step]
+        if not allowed:
+            break
+        pair = min(allowed, key=lambda pair: row_error(problem, 0, flipped(mask, *pair)))
+        mask = flipped(mask, *pair)
+        free[list(pair)] = step + 1 + tenure
+        least = min(least, row_error(problem, 0, mask))
+    return least
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 8), Unstructured(0.625)], ids=str)
+def test_cbs_goes_uphill_as_tabu_search_does(
+    make_problem: MakeProblem, errors: Errors, pattern: Pattern
+) -> None:
+    better = []
+    for seed in range(4):
+        problem = make_problem("correlated", pattern, outputs=1, inputs=16, seed=seed)
+        mask = Magnitude().solve(problem).mask
+        solver = CBS(start=Given(mask), swaps=12, tenure=3, candidates=16, tiny=0)
+        found = errors(problem, solver.solve(problem).weight)[0]
+        assert found == pytest.approx(naive_tabu(problem, mask.numpy()[0], 12, 3), rel=1e-4)
+        descent = replace(solver, tenure=0, swaps=99).solve(problem)
+        better.append(found < errors(problem, descent.weight)[0] * (1 - 1e-3))
+    assert any(better) or isinstance(pattern, Unstructured)
 
 
 @BOTH
@@ -312,7 +368,7 @@ def test_cbs_never_loses_to_its_start(
     for kind, start in product(("scaled", "singular", "ties"), ("magnitude", OBS(), "alps")):
         problem = make_problem(kind, pattern)
         weight, hessian = arrays(problem)
-        first = CBS(start=start, swaps=0.0).solve(problem)
+        first = CBS(start=start, swaps=0).solve(problem)
         before = errors(problem, first.weight).sum()
         close(first.weight, optimal(weight, first.mask.numpy(), hessian), 2e-2)
         after = errors(problem, CBS(start=start).solve(problem).weight).sum()
@@ -368,13 +424,19 @@ def test_ebd_lets_weights_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     masks = []
-    plain = ebd_module.refit
+    plain = ebd_module.refine
 
-    def spy(weight: torch.Tensor, mask: torch.Tensor, *rest: torch.Tensor, **options: float):  # type: ignore[no-untyped-def]
+    def spy(
+        weight: torch.Tensor,
+        mask: torch.Tensor,
+        start: torch.Tensor,
+        hessian: torch.Tensor,
+        steps: int,
+    ) -> torch.Tensor:
         masks.append(mask)
-        return plain(weight, mask, *rest, **options)  # type: ignore[arg-type]
+        return plain(weight, mask, start, hessian, steps)
 
-    monkeypatch.setattr(ebd_module, "refit", spy)
+    monkeypatch.setattr(ebd_module, "refine", spy)
     problem = make_problem("correlated", pattern)
     solution = EBD().solve(problem)
     removed_once = torch.stack([~mask for mask in masks[:-1]]).any(0)
