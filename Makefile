@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all corpus fuzz lint types bench clean
+.PHONY: help demo test test-all corpus fuzz lint types bench screenshots clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ bench: $(INSTALLED)  ## speed and quality against the peers; minutes
 	$(BIN)/python benchmarks/calibration.py --model build/models/all-MiniLM-L6-v2.onnx \
 		--calibration build/layers/feeds
 	$(BIN)/python benchmarks/solvers.py
+
+screenshots: $(INSTALLED)  ## the pictures in docs/img, from the demo's report; needs Chromium
+	$(BIN)/python docs/screenshots.py build/demo/report/report.html
 
 clean:  ## remove what the other targets made
 	rm -rf build dist .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -36,7 +36,7 @@ def main() -> int:
 
     prune = f"prune {dense} --calibration {data} --samples {CALIBRATION_TEXTS // BATCH} "
     prune += f"--sparsity {arguments.sparsity} --solver {arguments.solver} "
-    prune += f"--output {sparse} --report-dir {folder / 'report'}"
+    prune += f"--compare sparsegpt --output {sparse} --report-dir {folder / 'report'}"
     verify = f"verify {sparse} --sparsity {arguments.sparsity} --dense {dense} --data {data}"
     for command in (prune, verify):
         print(f"\n$ iobs-onnx {command}", flush=True)
@@ -55,6 +55,7 @@ def main() -> int:
         correlation = minilm.similarity_correlation(before, after)
         print(f"  {kind}: {len(passages)} passages, cosine {cosine:.4f}, ", end="")
         print(f"correlation of pairwise similarities {correlation:.4f}")
+    print(f"\nlook at it: {folder / 'report' / 'report.html'}")
     return 0
 
 

@@ -49,7 +49,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iobs_onnx.errors import DataError, DependencyError, InputError, IobsError, OptionError
+from iobs_onnx.errors import DataError, InputError, IobsError, OptionError
 from iobs_onnx.recovery import Options, Recovery, k_iht, least_squares, topk_iobs
 
 ALGORITHMS: dict[str, Callable[..., Recovery]] = {"topk_iobs": topk_iobs, "k_iht": k_iht}
@@ -241,11 +241,6 @@ def _check(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.json, arguments.plot)):
         if not path.parent.is_dir():
             raise OptionError(f"{path}: the folder does not exist; make it first")
-    if arguments.plot is not None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise DependencyError("--plot needs matplotlib: pip install iobs-onnx[plot]") from error
 
 
 def _study(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The command line, thin over the public API: `iobs-onnx prune | inspect | verify`.
+"""The command line, thin over the public API.
 
 Exit codes: 0 done; 1 a gate failed (a claimed pattern, finite outputs); 2 bad input or usage,
 told in one line; 3 a defect of this program, with its traceback; 130 interrupted.
@@ -14,16 +14,13 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+from iobs_onnx.commands import pages
 from iobs_onnx.config import PruneConfig, read_toml
 from iobs_onnx.errors import CheckError, IobsError, OptionError
 from iobs_onnx.progress import Progress
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # What a TOML file may hold besides the fields of PruneConfig.
 _RUN_OPTIONS = ("calibration", "output", "report_dir")
@@ -69,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add_inspect(commands)
     _add_verify(commands)
+    pages.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -88,7 +86,9 @@ def _add_prune(commands: Any) -> None:
         help="an .npz, .jsonl or .parquet, a directory of .npz feeds, module:callable, or random",
     )
     command.add_argument("--output", metavar="OUT.onnx", help="the sparse model to write")
-    command.add_argument("--report-dir", metavar="DIR", help="write report.json here")
+    command.add_argument(
+        "--report-dir", metavar="DIR", help="write report.json and report.html here"
+    )
     command.add_argument("--config", metavar="FILE.toml", help="options; flags override them")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
     for option in dataclasses.fields(PruneConfig):
@@ -152,19 +152,21 @@ def _prune(arguments: argparse.Namespace) -> int:
 
     from iobs_onnx.pipeline import prune
     from iobs_onnx.report import render, require_report_dir
+    from iobs_onnx.terminal import Bars, make_console
 
     if report_dir is not None:
         require_report_dir(report_dir)
-    console = _console()
-    progress = Progress() if arguments.quiet or not console.is_terminal else _Bars(console)
+    console = make_console()
+    progress = Progress() if arguments.quiet or not console.is_terminal else Bars(console)
     result = prune(arguments.model, progress=progress, **options)
     written = [result.output]
     if report_dir is not None:
-        written.append(str(result.report.save(report_dir)))
+        saved = result.report.save(report_dir)
+        written += [str(saved), str(saved.with_name("report.html"))]
     if not arguments.quiet:
         for part in render(result.report):
             console.print(part)
-        console.print(f"wrote {' and '.join(map(str, written))}", soft_wrap=True)
+        console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     return 0
 
 
@@ -179,6 +181,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from iobs_onnx.report import declined_table
+    from iobs_onnx.terminal import make_console
 
     taps = dict.fromkeys(tap for site in found.sites for tap in site.taps)
     labels = {tap: str(i) for i, tap in enumerate(taps, start=1)}
@@ -196,7 +199,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             ", ".join(labels[tap] for tap in site.taps),
             ("yes: " if row["eligible_2_4"] else "no: ") + row["eligibility_rule"],
         )
-    console = _console()
+    console = make_console()
     console.print(table)
     if found.declined:
         console.print(declined_table(found.as_dict()["declined"]))
@@ -222,8 +225,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from iobs_onnx.report import declined_table
+    from iobs_onnx.terminal import make_console
 
-    console = _console()
+    console = make_console()
     table = Table(title=f"{len(result.sites)} weights")
     for heading in ("site", "shape", "zeros", "holds 2:4", f"beyond {result.pattern or 'claim'}"):
         table.add_column(heading, overflow="fold")
@@ -248,32 +252,6 @@ def _verify(arguments: argparse.Namespace) -> int:
         console.print(f"FAILED {failure}", style="bold red", soft_wrap=True)
     console.print("verified" if result.ok else f"{len(result.failures)} checks failed")
     return 0 if result.ok else 1
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    # A pipe has no width: 80 columns would fold every name.
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
-
-
-class _Bars(Progress):
-    """Progress bars on a terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    @contextmanager
-    def stage(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
-        """Draw one bar while the stage lasts."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn())
-        with RichProgress(*columns, TimeElapsedColumn(), console=self._console) as bars:
-            task = bars.add_task(name, total=total)
-            yield lambda: bars.advance(task)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The report of a run: what was pruned, what was not and why, and what it cost.
 
-The JSON schema is documented in `docs/report.md`; `schema_version` changes with it.
+The JSON schema is documented in `docs/report.md`; :mod:`iobs_onnx.page` draws it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import OptionError
 from iobs_onnx.inspection import describe, describe_declined, tap_label
 from iobs_onnx.passes import achieved_sparsity
+from iobs_onnx.picture import MaskPicture
 from iobs_onnx.runtime import Calibration, Data, OutputFidelity, Samples
+from iobs_onnx.schema import SCHEMA_VERSION
 from iobs_onnx.site import Declined, Site
 from iobs_onnx.sparsity import Pattern
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SCHEMA_VERSION = 1
 _PACKAGES = ("iobs-onnx", "onnx", "onnx-ir", "torch", "numpy")
 
 
@@ -50,6 +51,7 @@ class SiteReport:
         rows: tokens or patches in the Hessian.
         dead_inputs: inputs that were zero in every row.
         seconds: share of the time to solve the sites that were solved together.
+        mask: a small picture of which weights are kept.
     """
 
     name: str
@@ -76,6 +78,7 @@ class SiteReport:
     rows: int
     dead_inputs: int
     seconds: float
+    mask: MaskPicture
 
     @classmethod
     def of(
@@ -105,6 +108,7 @@ class SiteReport:
             rows=rows,
             dead_inputs=dead_inputs,
             seconds=seconds,
+            mask=MaskPicture.of(weight),
         )
 
 
@@ -174,12 +178,18 @@ class PruneReport:
         return json.dumps(_json_safe(dataclasses.asdict(self)), indent=2, ensure_ascii=False)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `report.json` into a folder, which is made if needed; return its path.
+        """Write `report.json` and `report.html` into a folder, which is made if needed.
+
+        Returns:
+            The path of `report.json`.
 
         Raises:
             OptionError: the folder cannot be written.
         """
+        from iobs_onnx.page import render_report, write_page
+
         path = Path(folder, "report.json")
+        page = render_report(json.loads(self.to_json()))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(".report.json.part")
@@ -187,6 +197,7 @@ class PruneReport:
             os.replace(beside, path)
         except OSError as error:
             raise OptionError(f"report {path}: cannot be written ({error.strerror})") from error
+        write_page(path.with_name("report.html"), page)
         return path
 
 
@@ -202,8 +213,9 @@ def require_report_dir(folder: str | os.PathLike[str]) -> None:
         raise OptionError(f"report_dir {folder}: {existing} is no folder; choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OptionError(f"report_dir {folder}: {existing} cannot be written; choose another")
-    if (path / "report.json").is_dir():
-        raise OptionError(f"report_dir {folder}: its report.json is a folder; choose another")
+    for name in ("report.json", "report.html"):
+        if (path / name).is_dir():
+            raise OptionError(f"report_dir {folder}: its {name} is a folder; choose another")
 
 
 def build_report(

@@ -1,0 +1,1 @@
+"""Commands of the command line, one family a file; each adds its parsers with `add(commands)`."""
