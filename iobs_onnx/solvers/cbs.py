@@ -46,6 +46,7 @@ class CBS:
         gain: least gain of a swap, as a fraction of the row's error; only for tenure 0.
         candidates: removed weights of an output tried against every kept one, best gain
             first; only for unstructured patterns, N:M tries every pair of a group.
+        widest: layers of more inputs keep the support of the start; None: none do.
         tiny: with no more supports an output than this, all are tried instead.
         tolerance: relative gradient on the support at which the refit ends.
     """
@@ -55,6 +56,7 @@ class CBS:
     tenure: int = 10
     gain: float = 1e-4
     candidates: int = 8
+    widest: int | None = None
     tiny: int = 512
     tolerance: float = 1e-4
 
@@ -64,6 +66,8 @@ class CBS:
         if supports is not None:
             return self._refit(problem, exhaustive(problem, supports))
         first = solvers.make_solver(self.start).solve(problem).mask
+        if self.widest is not None and first.shape[1] > self.widest:
+            return self._refit(problem, first)
         rows = rows_at_once(first.shape[1])
         found = [
             self._search(problem, weight, mask)

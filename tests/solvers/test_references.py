@@ -375,6 +375,14 @@ def test_cbs_never_loses_to_its_start(
         assert after <= before * (1 + 1e-6)
 
 
+@BOTH
+def test_cbs_leaves_wide_layers_to_its_start(make_problem: MakeProblem, pattern: Pattern) -> None:
+    problem = make_problem("correlated", pattern)
+    first = Magnitude().solve(problem)
+    assert torch.equal(CBS(start="magnitude", widest=47).solve(problem).mask, first.mask)
+    assert not torch.equal(CBS(start="magnitude", widest=48).solve(problem).mask, first.mask)
+
+
 def test_cbs_start_must_be_known(make_problem: MakeProblem) -> None:
     with pytest.raises(OptionError, match="solver 'best' is unknown: choose from magnitude, "):
         CBS(start="best").solve(make_problem("white", NM(2, 4)))
