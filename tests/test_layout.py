@@ -56,7 +56,8 @@ def modules() -> list[tuple[str, Path]]:
 def test_every_package_is_listed_in_pyproject() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     on_disk = {name for name, file in modules() if file.name == "__init__.py"}
-    assert set(settings["packages"]) == on_disk
+    # The one folder that belongs to another package's namespace, hence has no __init__.
+    assert set(settings["packages"]) == on_disk | {"optimum.commands.register"}
 
 
 @pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])

@@ -334,6 +334,16 @@ def test_a_broken_parquet_is_named(tmp_path: Path) -> None:
         open_data(tmp_path / "t.parquet", XY)
 
 
+def test_rows_of_tokens_are_padded_and_completed(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8]}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (feed,) = open_data(tmp_path / "t.jsonl", LLAMA, holdout=0).calibration
+    assert feed["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert feed["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert feed["position_ids"].tolist() == [[0, 1, 2]] * 2
+    assert feed["past_key_values.0.key"].shape == (2, 3, 0, 8)
+
+
 # --- random numbers
 
 

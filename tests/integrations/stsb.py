@@ -1,0 +1,54 @@
+"""STS-B: how well sentence embeddings rank pairs of sentences as people do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import minilm
+import numpy as np
+import onnxruntime as ort
+
+Embed = Callable[[list[str]], np.ndarray]
+
+
+def pairs(shared: Path, count: int = 1500) -> tuple[list[str], list[str], np.ndarray]:
+    """Return first sentences, second sentences, and the scores people gave."""
+    lines = (shared / "data/stsb/stsb-dev.tsv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines][:count]
+    return [r[5] for r in rows], [r[6] for r in rows], np.array([float(r[4]) for r in rows])
+
+
+def spearman(embed: Embed, shared: Path, count: int = 1500) -> float:
+    """Return Spearman's correlation of cosine similarities with the scores."""
+    from scipy.stats import spearmanr
+
+    first, second, scores = pairs(shared, count)
+    vectors = embed([*first, *second])
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
+    return float(spearmanr(similarity, scores).statistic)
+
+
+def embed_with(model: Path) -> Embed:
+    """Return a function that embeds texts with an ONNX file: the mean of the tokens' states."""
+    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+
+    def embed(texts: list[str]) -> np.ndarray:
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        vectors = np.empty((len(texts), 384), np.float32)
+        for index in _chunks(order, 32):
+            # One text after the other, so that their order is kept.
+            rows = [minilm.feeds([texts[at]])[0]["input_ids"][0] for at in index]
+            feed = minilm._feed(rows)
+            states = session.run(["last_hidden_state"], feed)[0]
+            mask = feed["attention_mask"][..., None]
+            vectors[index] = (states * mask).sum(1) / mask.sum(1)
+        return vectors
+
+    return embed
+
+
+def _chunks(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
