@@ -177,6 +177,8 @@ def plot(results: dict[str, dict[str, dict[str, Row]]], path: Path) -> None:
     figure, axes = plt.subplots(len(results), columns, figsize=size, squeeze=False, sharex="row")
     markers = dict(zip(NAMES, "v^<>sPXDohp*", strict=False))
     for line, (name, patterns) in zip(axes, results.items(), strict=True):
+        for panel in line[len(patterns) :]:
+            panel.set_axis_off()
         for panel, (pattern, found) in zip(line, patterns.items(), strict=False):
             for number, solver in enumerate(NAMES):
                 if solver in found:
