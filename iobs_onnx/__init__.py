@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from iobs_onnx.pipeline import PruneResult, prune
     from iobs_onnx.report import PruneReport
     from iobs_onnx.sparsity import NM, Unstructured
+    from iobs_onnx.timing import Bench, bench
     from iobs_onnx.verification import Verification, verify
 
 _HOMES = {
+    "Bench": "timing",
+    "bench": "timing",
     "Inspection": "inspection",
     "inspect": "inspection",
     "Solution": "layer",
@@ -33,12 +36,14 @@ _HOMES = {
 
 __all__ = [
     "NM",
+    "Bench",
     "Inspection",
     "PruneReport",
     "PruneResult",
     "Solution",
     "Unstructured",
     "Verification",
+    "bench",
     "inspect",
     "prune",
     "solve_layer",

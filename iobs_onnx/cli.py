@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from iobs_onnx.commands import pages
+from iobs_onnx.commands import bench, pages
 from iobs_onnx.config import PruneConfig, read_toml
 from iobs_onnx.errors import CheckError, IobsError, OptionError
 from iobs_onnx.progress import Progress
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     pages.add(commands)
+    bench.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

@@ -22,6 +22,7 @@ _PARTS: dict[str, type] = {
     "totals": dict,
     "verification": list,
     "seconds": dict,
+    "deployment": dict,
 }
 
 

@@ -26,6 +26,7 @@ FORBIDDEN = {
 
 def test_public_names_are_pinned() -> None:
     assert sorted(iobs_onnx.__all__) == [
+        "Bench",
         "Inspection",
         "NM",
         "PruneReport",
@@ -33,6 +34,7 @@ def test_public_names_are_pinned() -> None:
         "Solution",
         "Unstructured",
         "Verification",
+        "bench",
         "inspect",
         "prune",
         "solve_layer",

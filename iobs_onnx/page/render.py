@@ -143,7 +143,7 @@ def _fill(template: str, values: Mapping[str, Any]) -> str:
 
 def _warnings(report: Report) -> list[str]:
     """Return what a reader must know before trusting the figures, a line each."""
-    lines = list(report["calibration"]["notes"])
+    lines = [*report["calibration"]["notes"], *report["deployment"]["warnings"]]
     if kept := report["calibration"]["padding_kept"]:
         lines.append(f"padding counts in {', '.join(kept)}: their shape hides which rows are")
     if report["model"]["checker"] != "passed":
@@ -160,14 +160,20 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _rules(sites: Sequence[Report]) -> list[dict[str, Any]]:
-    """Group the sites by what decides whether hardware can use them; the usable ones first."""
-    found: dict[tuple[bool, str], dict[str, Any]] = {}
+    """Group the sites by what decides whether an engine can use them; the usable ones first."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for site in sites:
-        key = (site["eligible_2_4"], site["eligibility_rule"])
-        rule = found.setdefault(key, {"eligible": key[0], "text": key[1], "count": 0, "weights": 0})
-        rule["count"] += 1
-        rule["weights"] += site["out_features"] * site["groups"] * site["in_features"]
-    return sorted(found.values(), key=lambda rule: (not rule["eligible"], -rule["weights"]))
+        for engine in site["engines"]:
+            rule = found.setdefault(
+                tuple(engine.values()),
+                {**engine, "engine": engine["name"], "count": 0, "weights": 0},
+            )
+            rule["count"] += 1
+            rule["weights"] += site["out_features"] * site["groups"] * site["in_features"]
+    return sorted(
+        found.values(),
+        key=lambda rule: (rule["engine"], -rule["eligible"], -rule["likely"], -rule["weights"]),
+    )
 
 
 def _masks(sites: Sequence[Report]) -> list[dict[str, Any]]:
