@@ -113,7 +113,7 @@ def stories_task(made: Path, shared: Path) -> Task:
 
 def smollm2_task(made: Path, shared: Path) -> Task:
     """A language model of 135 M weights: perplexity of WikiText-2."""
-    context, windows = 512, 32
+    context, windows = 512, 24
     made.mkdir(parents=True, exist_ok=True)
     dense = export_models.smollm2(made / "smollm2.onnx")
     folder = shared / "data/wikitext2"
@@ -130,7 +130,7 @@ def smollm2_task(made: Path, shared: Path) -> Task:
         f"{context} tokens; perplexity of the first {windows} such sequences of WikiText-2 (valid)",
         dense,
         lambda count: [{"input_ids": ids[None]} for ids in cut(train, count)],
-        64,
+        32,
         lambda model: {"perplexity": perplexity(model, cut(valid, windows))},
         {"perplexity": ".3f"},
         falls=True,
