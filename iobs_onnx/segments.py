@@ -11,6 +11,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from iobs_onnx.errors import DataError
+from iobs_onnx.memory import give_back
 from iobs_onnx.passes import Segment, instrument, load_model, partition, prepare, release
 from iobs_onnx.runtime import (
     Feed,
@@ -93,7 +94,8 @@ def compare(
     fidelity = Fidelity()
     ours = place.stream(dense, feeds)
     theirs = ours.over()
-    for segment in partition(dense, outputs=names, budget=place.budget):
+    # Two models are in memory at once.
+    for segment in partition(dense, outputs=names, budget=place.budget // 2):
         expected = place.session(dense, segment, (*segment.wanted, *segment.outputs), ours)
         found = place.session(sparse, segment, (*segment.wanted, *segment.outputs), theirs)
         pairs = zip(
@@ -106,6 +108,7 @@ def compare(
         del expected, found
         release(dense, segment.weights)
         release(sparse, segment.weights)
+        give_back()
     if not len(ours):
         raise DataError("verification data: there are no feeds to run the model on")
     return fidelity.result()

@@ -13,6 +13,7 @@ import torch
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.hessian import Cross, Hessian, combine
+from iobs_onnx.memory import give_back
 from iobs_onnx.passes import (
     Segment,
     Slot,
@@ -83,6 +84,7 @@ class Walk:
             with self._timed("calibrate"):
                 self._propagate(segment, stream, pruned)
             release(self.dense, segment.weights)
+            give_back()
         return solved
 
     @property

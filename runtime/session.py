@@ -70,9 +70,8 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
 
     Args:
         model: a file, or a model in memory. External data is found beside the file; an
-            `onnx_ir.Model` knows its folder, a `ModelProto` means the working directory. The
-            initializers of an `onnx_ir.Model` are read where they lie, memory-mapped ones
-            included, and are not copied on the CPU.
+            `onnx_ir.Model` knows its folders, a `ModelProto` means the working directory. The
+            external data of an `onnx_ir.Model` are mapped into memory and not copied on the CPU.
         provider: `auto` takes CUDA where it works and the CPU elsewhere, and logs which.
 
     Raises:
@@ -90,8 +89,11 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
             "pip uninstall onnxruntime, then pip install 'iobs-onnx[gpu]'"
         )
     source, folder, weights = _source(runtime, model)
+    # Folding and prepacking copy weights, several times over while the session is opened.
+    disabled = [] if folder is None else ["ConstantFolding"]
     if available:
-        session = _try_cuda(runtime, source, _options(runtime, folder, weights, severity=_ERROR))
+        options = _options(runtime, folder, weights, severity=_ERROR)
+        session = _try_cuda(runtime, source, options, disabled)
         if session is not None:
             session.weights = weights
             return session
@@ -103,7 +105,11 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
         logger.warning("CUDA could not be loaded: ONNX Runtime runs on the CPU")
     with _refusals(runtime, f"model {_label(model)}: ONNX Runtime cannot load it"):
         session = runtime.InferenceSession(
-            source, _options(runtime, folder, weights), providers=[_CPU], enable_fallback=0
+            source,
+            _options(runtime, folder, weights),
+            providers=[_CPU],
+            enable_fallback=0,
+            disabled_optimizers=disabled,
         )
     # ONNX Runtime reads the weights in place: they must live as long as the session.
     session.weights = weights
@@ -177,13 +183,17 @@ def _options(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", folder
         )
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
     return options
 
 
 def _try_cuda(
-    runtime: ModuleType, source: str | bytes, options: ort.SessionOptions
+    runtime: ModuleType,
+    source: str | bytes,
+    options: ort.SessionOptions,
+    disabled: list[str],
 ) -> ort.InferenceSession | None:
     """Return a session on CUDA, or None where the provider does not come up."""
     try:
@@ -192,6 +202,7 @@ def _try_cuda(
             options,  # of a severity that names the library that is missing
             providers=[(_CUDA, _CUDA_OPTIONS), _CPU],
             enable_fallback=0,
+            disabled_optimizers=disabled,
         )
     except _exceptions(runtime) as error:
         # A model at fault fails on the CPU too, where its error is reported.
@@ -213,7 +224,7 @@ def _source(
     weights: dict[str, ort.OrtValue] = {}
     if isinstance(model, ir.Model):
         model, weights = _weights_beside(runtime, model)
-        folder = _external_folder(model, weights)
+        folder = _gather_files(model, weights)
         model = ir.to_proto(model)
     try:
         return model.SerializeToString(), folder, weights
@@ -224,13 +235,14 @@ def _source(
 def _weights_beside(
     runtime: ModuleType, model: ir.Model
 ) -> tuple[ir.Model, dict[str, ort.OrtValue]]:
-    """Return a copy whose large initializers are only named, and their values in place."""
+    """Return a copy whose large initializers in memory are only named, and their values."""
     beside = model.clone()
     values = {}
     for name, value in beside.graph.initializers.items():
         tensor = value.const_value
         if (
             tensor is None
+            or isinstance(tensor, ir.ExternalTensor)
             or tensor.dtype not in PLAIN
             or tensor.nbytes < _PASSED_BESIDE
             or value.is_graph_input()
@@ -244,25 +256,44 @@ def _weights_beside(
     return beside, values
 
 
-def _external_folder(model: ir.Model, beside: Collection[str]) -> str | None:
-    """Return the folder of the external data that are not passed beside, None if there are none."""
-    tensors = [
-        value.const_value
+def _gather_files(model: ir.Model, beside: Collection[str]) -> str | None:
+    """Name all external data from one folder, in place, and return it; None if there are none."""
+    values = [
+        value
         for graph in model.graphs()
         for name, value in graph.initializers.items()
-        if value.const_value is not None and not (graph is model.graph and name in beside)
+        if not (graph is model.graph and name in beside)
     ]
-    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    files, within = [], 0
+    for value in values:
+        if isinstance(value.const_value, ir.ExternalTensor):
+            # ONNX Runtime refuses links that lead out of the folder.
+            files.append((value, value.const_value, os.path.realpath(value.const_value.path)))
+        elif value.const_value is not None:
+            within += value.const_value.nbytes
     # Found before the weights are copied into a message that cannot hold them.
-    if sum(t.nbytes for t in tensors) - sum(t.nbytes for t in external) > _PROTOBUF_LIMIT:
+    if within > _PROTOBUF_LIMIT:
         raise ModelError(_too_large(model))
-    folders = sorted({os.path.abspath(tensor.base_dir) for tensor in external})
-    if len(folders) > 1:
+    if not files:
+        return None
+    try:
+        folder = os.path.commonpath([os.path.dirname(path) for _, _, path in files])
+    except ValueError as error:
         raise ModelError(
-            f"model {_label(model)}: its external data lie in several folders "
-            f"({', '.join(folders)}); save it to one place first"
+            f"model {_label(model)}: its external data lie on several drives; save it to one "
+            "place first"
+        ) from error
+    for value, tensor, path in files:
+        value.const_value = ir.ExternalTensor(
+            os.path.relpath(path, folder),
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name or "",
+            base_dir=folder,
         )
-    return folders[0] if folders else None
+    return folder
 
 
 def _too_large(model: Model) -> str:

@@ -64,16 +64,39 @@ def test_missing_external_data(external):
         open_session(external, "cpu")
 
 
-def test_external_data_in_two_folders(external, tmp_path):
-    model = ir.load(external)
-    weight = model.graph.initializers["w"]
-    other = ir.ExternalTensor(
-        "weights.bin", 0, 4, ir.DataType.FLOAT, shape=ir.Shape([1]), name="o", base_dir=tmp_path
+def test_external_data_in_two_folders_and_behind_a_link(build, tmp_path):
+    weight, bias = np.ones((6, 4), np.float32), np.arange(4, dtype=np.float32)
+    proto = build(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["y"])],
+        {"x": (TensorProto.FLOAT, [2, 6])},
+        {"y": (TensorProto.FLOAT, [2, 4])},
+        {"w": weight, "b": bias},
     )
-    model.graph.initializers.add(ir.Value(name="o", shape=other.shape, const_value=other))
-    assert weight.const_value is not None
-    with pytest.raises(ModelError, match="several folders"):
-        open_session(model, "cpu")
+    model = ir.from_proto(proto)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/w").write_bytes(weight.tobytes())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/w.bin").symlink_to(tmp_path / "blobs/w")
+    (tmp_path / "b.bin").write_bytes(b"odd" + bias.tobytes())
+    for name, array, folder, offset in (
+        ("w", weight, tmp_path / "model", 0),
+        ("b", bias, tmp_path, 3),
+    ):
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            f"{name}.bin",
+            offset,
+            array.nbytes,
+            ir.DataType.FLOAT,
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=folder,
+        )
+    session = open_session(model, "cpu")
+    np.testing.assert_allclose(session.run(["y"], FEED)[0], FEED["x"] @ weight + bias, rtol=1e-5)
+    # The model itself still names its own files.
+    kept = model.graph.initializers["b"].const_value
+    assert isinstance(kept, ir.ExternalTensor)
+    assert kept.location == "b.bin"
 
 
 def test_too_large_for_one_message(linear, monkeypatch):
