@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iobs_onnx.errors import OptionError
-from iobs_onnx.sparsity import Pattern, parse_sparsity
+from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 
 # `solvers` holds the classes; their names stand here so that `--help` need not import torch.
 SOLVER_NAMES = (
@@ -140,6 +140,12 @@ class PruneConfig:
         "(default: a quarter of the machine's memory)",
         metavar="SIZE",
     )
+    permute: bool = _option(
+        False,
+        "first put channels in an order in which an N:M pattern loses less, where the graph allows "
+        "it; the model computes the same",
+        action="store_true",
+    )
     emit: Literal["dense", "sparse-initializer", "mask"] = _option(
         "dense",
         "how pruned weights are written: dense tensors with zeros, ONNX sparse tensors, or dense "
@@ -170,8 +176,7 @@ class PruneConfig:
         choices = ("solver", "preset", "compare", "provider", "device", "sequential", "target")
         for name in (*choices, "emit"):
             self._require_choice(name)
-        if self.preset is not None and self.solver != "iobs":
-            raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")
+        self._require_company()
         for name in ("text", "tokenizer", "images", "audio", "preprocess"):
             if not isinstance(value := getattr(self, name), str | os.PathLike | None):
                 raise OptionError(f"{name} {value!r}: expected a path")
@@ -186,9 +191,19 @@ class PruneConfig:
         for name, least in (("bias_compensation", "at most"), ("random_tokens", "below")):
             if getattr(self, name) > 1 or (least == "below" and getattr(self, name) == 1):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected a share {least} 1")
-        for name in ("mask_padding", "residual", "pack"):
+        for name in ("mask_padding", "residual", "pack", "permute"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
+
+    def _require_company(self) -> None:
+        """Refuse options that mean nothing beside the others."""
+        if self.preset is not None and self.solver != "iobs":
+            raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")
+        if self.permute and not isinstance(self.sparsity, NM):
+            raise OptionError(
+                f"permute: the order of channels means nothing to {self.sparsity}; use N:M or "
+                "leave it out"
+            )
 
     def _require_choice(self, name: str) -> None:
         options = next(f for f in dataclasses.fields(self) if f.name == name)

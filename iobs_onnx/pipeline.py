@@ -27,6 +27,7 @@ from iobs_onnx.passes import (
     load_model,
     partition,
 )
+from iobs_onnx.permute import permuted
 from iobs_onnx.progress import Progress
 from iobs_onnx.report import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import (
@@ -111,12 +112,13 @@ def prune(
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    sparse = load_model(dense)
     with TemporaryDirectory(prefix="iobs-onnx-") as folder:
         place = Place(
             config.provider, config.memory_budget or default_memory_budget(), Path(folder)
         )
-        reference, working = prepared(dense), prepared(sparse)
+        start, permutations = permuted(dense, chosen.sites, data, config, place, device)
+        sparse = load_model(start)
+        reference, working = prepared(start), prepared(sparse)
         around = find_surroundings(dense, chosen.sites)
         segments = partition(
             reference,
@@ -147,6 +149,7 @@ def prune(
         deployment=describe_deployment(
             sparse, chosen.sites, [config.sparsity], output, data.held_out, config
         ),
+        permutations=permutations,
         fidelity=fidelity,
         seconds={**walk.seconds, "total": time.perf_counter() - started},
     )

@@ -170,6 +170,7 @@ class PruneReport:
     declined: list[dict[str, Any]]
     totals: dict[str, Any]
     deployment: dict[str, Any]
+    permutations: list[dict[str, Any]]
     verification: list[OutputFidelity]
     seconds: dict[str, float]
 
@@ -228,6 +229,7 @@ def build_report(
     sites: Sequence[SiteReport],
     declined: Sequence[Declined],
     deployment: Mapping[str, Any],
+    permutations: Sequence[Mapping[str, Any]],
     fidelity: Sequence[OutputFidelity],
     seconds: Mapping[str, float],
 ) -> PruneReport:
@@ -245,6 +247,7 @@ def build_report(
         declined=[describe_declined(item) for item in declined],
         totals=_totals(sites, declined),
         deployment=dict(deployment),
+        permutations=[dict(item) for item in permutations],
         verification=list(fidelity),
         seconds=dict(seconds),
     )
@@ -371,6 +374,13 @@ def _summary(report: PruneReport) -> list[RenderableType]:
     if not report.verification:
         lines.append("outputs were not compared: the data leave no sample to hold out")
     lines += _sizes(report)
+    if report.permutations:
+        taken = [item for item in report.permutations if item["taken"]]
+        gain = _geomean([item["after"] / item["before"] for item in taken])
+        lines.append(
+            f"{len(taken)} sets of channels put in another order"
+            + ("" if gain is None else f": {gain:.3f} × the layer error of their readers")
+        )
     engines = report.deployment
     lines.append(
         f"2:4 kernels: TensorRT takes {engines['tensorrt']} of {totals['sites']} weights and is "

@@ -1,5 +1,6 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
+from iobs_onnx.passes.chains import Chain, find_chains, permute_channels
 from iobs_onnx.passes.check import Violation, achieved_sparsity, check_model, check_pattern
 from iobs_onnx.passes.deploy import (
     Engine,
@@ -28,6 +29,7 @@ from iobs_onnx.passes.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.tokens import find_token_input
 
 __all__ = [
+    "Chain",
     "Engine",
     "Segment",
     "Sequential",
@@ -41,6 +43,7 @@ __all__ = [
     "deployment_warnings",
     "eligibility_2_4",
     "engines_2_4",
+    "find_chains",
     "find_sites",
     "find_surroundings",
     "find_token_input",
@@ -52,6 +55,7 @@ __all__ = [
     "model_hash",
     "model_sizes",
     "partition",
+    "permute_channels",
     "prepare",
     "release",
     "require_output",
