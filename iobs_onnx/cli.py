@@ -1,7 +1,8 @@
 """The command line, thin over the public API.
 
-Exit codes: 0 done; 1 a gate failed (a claimed pattern, finite outputs); 2 bad input or usage,
-told in one line; 3 a defect of this program, with its traceback; 130 interrupted.
+Exit codes: 0 done; 1 a check failed (a claimed pattern, finite outputs); 2 bad input or usage,
+told in one line; 3 a defect of this program, with its traceback; 4 a bound of the caller's does
+not hold (--max-output-error); 130 interrupted; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 
 from iobs_onnx.commands import bench, pages
 from iobs_onnx.config import PruneConfig, read_toml
-from iobs_onnx.errors import CheckError, IobsError, OptionError
+from iobs_onnx.errors import CheckError, GateError, IobsError, OptionError
 from iobs_onnx.progress import Progress
 
 # What a TOML file may hold besides the fields of PruneConfig.
 _RUN_OPTIONS = ("calibration", "output", "report_dir")
+_EXIT_CODES = {CheckError: 1, GateError: 4}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         print(f"iobs-onnx: error: {_one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, CheckError) else 2
+        return next((c for kind, c in _EXIT_CODES.items() if isinstance(error, kind)), 2)
     except KeyboardInterrupt:
         print("iobs-onnx: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -56,12 +58,36 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class _PrintCompletion(argparse.Action):
+    """Print a completion script, generated from the parser itself."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: argparse.Namespace,
+        values: Any,
+        _option_string: str | None = None,
+    ) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion needs shtab: pip install 'iobs-onnx[completion]'")
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iobs-onnx", description="Post-training sparsity for ONNX models with I-OBS."
     )
     version = importlib.metadata.version("iobs-onnx")
     parser.add_argument("--version", action="version", version=f"iobs-onnx {version}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes this command in a shell, and exit",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prune(commands)
     _add_inspect(commands)
@@ -92,6 +118,7 @@ def _add_prune(commands: Any) -> None:
     )
     command.add_argument("--config", metavar="FILE.toml", help="options; flags override them")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
     add_options(command)
 
 
@@ -163,13 +190,16 @@ def _prune(arguments: argparse.Namespace) -> int:
     if report_dir is not None:
         require_report_dir(report_dir)
     console = make_console()
-    progress = Progress() if arguments.quiet or not console.is_terminal else Bars(console)
+    quiet = arguments.quiet or arguments.json
+    progress = Progress() if quiet or not console.is_terminal else Bars(console)
     result = prune(arguments.model, progress=progress, **options)
     written = [result.output]
     if report_dir is not None:
         saved = result.report.save(report_dir)
         written += [str(saved), str(saved.with_name("report.html"))]
-    if not arguments.quiet:
+    if arguments.json:
+        print(result.report.to_json())
+    elif not arguments.quiet:
         for part in render(result.report):
             console.print(part)
         console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)

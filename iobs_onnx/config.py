@@ -164,6 +164,13 @@ class PruneConfig:
     device: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "where Hessians are summed and layers solved", choices=("auto", "cpu", "cuda")
     )
+    max_output_error: float | None = _option(
+        None,
+        "write nothing, and exit with 4, where the relative error of an output on held-out samples "
+        "is above this",
+        type=float,
+        metavar="X",
+    )
     seed: int = _option(0, "chooses samples where not all are used", type=int, metavar="N")
 
     def __post_init__(self) -> None:
@@ -191,6 +198,7 @@ class PruneConfig:
         for name, least in (("bias_compensation", "at most"), ("random_tokens", "below")):
             if getattr(self, name) > 1 or (least == "below" and getattr(self, name) == 1):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected a share {least} 1")
+        self._require_bound("max_output_error")
         for name in ("mask_padding", "residual", "pack", "permute"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
@@ -211,6 +219,12 @@ class PruneConfig:
         optional = options.default is None
         if value not in choices and not (optional and value is None):
             raise OptionError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
+
+    def _require_bound(self, name: str) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and value >= 0):
+            raise OptionError(f"{name} {value!r}: expected a number of at least 0")
 
     def _require_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)

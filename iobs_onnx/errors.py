@@ -9,7 +9,8 @@
     │   ├── OptionError       an option's value is malformed or contradicts another
     │   └── DependencyError   an optional package or execution provider is not there
     ├── SolverError           a layer could not be solved (names site, damping and remedy)
-    └── CheckError            a file this package wrote does not hold what it promises
+    ├── CheckError            a file this package wrote does not hold what it promises
+    └── GateError             a bound that the caller set does not hold; exits with 4
 
 Every message is one line that names the file, tensor or option at fault and the remedy.
 """
@@ -45,3 +46,7 @@ class SolverError(IobsError):
 
 class CheckError(IobsError):
     """A result does not hold what it promises; nothing was written."""
+
+
+class GateError(IobsError):
+    """A bound that the caller set on the result does not hold; nothing was written."""

@@ -16,6 +16,7 @@ import torch
 
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.errors import CheckError, DependencyError, ModelError
+from iobs_onnx.gates import require_output_error
 from iobs_onnx.output import describe_deployment, describe_file, require_form, set_form, write
 from iobs_onnx.passes import (
     Surroundings,
@@ -93,6 +94,7 @@ def prune(
         InputError: the model, the data or an option is at fault.
         SolverError: a site could not be solved.
         CheckError: the result does not hold what it promises.
+        GateError: it does not hold a bound that an option set.
     """
     config = make_config({"sparsity": sparsity, "solver": solver, **options})
     started = time.perf_counter()
@@ -136,6 +138,7 @@ def prune(
         form = set_form(sparse, chosen.sites, config)
         complaint = _check(dense, sparse, chosen.sites, config)
         fidelity = _compare(dense, sparse, data, place)
+        require_output_error(fidelity, config.max_output_error)
     written = write(sparse, chosen.sites, output, config)
 
     report = build_report(
