@@ -152,6 +152,12 @@ class PruneConfig:
         "with the masks in OUT.onnx.masks.safetensors",
         choices=("dense", "sparse-initializer", "mask"),
     )
+    quantize: Literal["int8"] | None = _option(
+        None,
+        "also round the weights that are kept, one scale an output, and let them make up for it; "
+        "written as integers with DequantizeLinear",
+        choices=("int8",),
+    )
     mask_padding: bool = _option(
         True, "count positions whose attention_mask is 0 as well", action="store_false"
     )
@@ -181,7 +187,7 @@ class PruneConfig:
             object.__setattr__(self, name, globs)
         object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
         choices = ("solver", "preset", "compare", "provider", "device", "sequential", "target")
-        for name in (*choices, "emit"):
+        for name in (*choices, "emit", "quantize"):
             self._require_choice(name)
         self._require_company()
         for name in ("text", "tokenizer", "images", "audio", "preprocess"):
@@ -212,6 +218,8 @@ class PruneConfig:
                 f"permute: the order of channels means nothing to {self.sparsity}; use N:M or "
                 "leave it out"
             )
+        if self.quantize is not None and self.emit == "sparse-initializer":
+            raise OptionError("quantize int8: integers are written as dense tensors; emit dense")
 
     def _require_choice(self, name: str) -> None:
         options = next(f for f in dataclasses.fields(self) if f.name == name)

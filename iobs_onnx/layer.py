@@ -125,7 +125,7 @@ def newton_step(
         SolverError: `H + λI` is not positive definite.
     """
     damped = hessian.clone()
-    damped.diagonal().add_(_absolute(damping, hessian))
+    damped.diagonal().add_(absolute_damping(damping, hessian))
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info):
         raise SolverError(
@@ -135,7 +135,12 @@ def newton_step(
     return start - learning_rate * torch.cholesky_solve(gradient.T, factor).T
 
 
-def _absolute(damping: float, hessian: torch.Tensor) -> float:
+def absolute_damping(damping: float, hessian: torch.Tensor) -> float:
+    """Return λ for a fraction of `mean(diag H)`.
+
+    Raises:
+        OptionError: the fraction is negative.
+    """
     if not damping >= 0:
         raise OptionError(f"damping {damping}: must be at least 0")
     level = float(hessian.diagonal().mean())
@@ -158,7 +163,7 @@ def solve_stacked(
     """
     blocks = tuple(len(weight) for weight in weights)
     problem = Problem(
-        torch.cat(list(weights)), hessian, _absolute(damping, hessian), pattern, blocks
+        torch.cat(list(weights)), hessian, absolute_damping(damping, hessian), pattern, blocks
     )
     if pattern.density == 1.0:
         weight, mask = problem.weight, torch.ones_like(problem.weight, dtype=torch.bool)

@@ -27,9 +27,11 @@ from iobs_onnx.passes import (
     find_token_input,
     load_model,
     partition,
+    require_opset,
 )
 from iobs_onnx.permute import permuted
 from iobs_onnx.progress import Progress
+from iobs_onnx.quantize import store_quantized
 from iobs_onnx.report import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import (
     Data,
@@ -105,6 +107,8 @@ def prune(
     require_form(dense, output, config.emit)
     chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
     _require_sites(chosen)
+    if config.quantize is not None:
+        require_opset(dense, chosen.sites)
     inputs = input_specs(dense)
     source = calibration_source(calibration, config, dense, model, inputs)
     data = open_data(
@@ -139,7 +143,9 @@ def prune(
         complaint = _check(dense, sparse, chosen.sites, config)
         fidelity = _compare(dense, sparse, data, place)
         require_output_error(fidelity, config.max_output_error)
-    written = write(sparse, chosen.sites, output, config)
+    codes = {site: solved[site].codes for site in chosen.sites}
+    sites = store_quantized(sparse, chosen.sites, codes, config.sparsity)
+    written = write(sparse, sites, output, config)
 
     report = build_report(
         config=config,
@@ -150,7 +156,7 @@ def prune(
         sites=[solved[site].report for site in chosen.sites],
         declined=chosen.declined,
         deployment=describe_deployment(
-            sparse, chosen.sites, [config.sparsity], output, data.held_out, config
+            sparse, sites, [config.sparsity], output, data.held_out, config
         ),
         permutations=permutations,
         fidelity=fidelity,

@@ -45,6 +45,8 @@ class SiteReport:
         layer_error: `tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)` on the calibration data, `ΔW` the distance from
             the aim; what a compensated bias takes over does not count.
         output_bound: `√tr(ΔW H ΔWᵀ)`, the root mean square change of the output vector.
+        quantized: `int8`, or why it was not; None where it was not asked for.
+        nearest_error: `layer_error`, had each kept weight been rounded to the nearest instead.
         bias_compensated: whether the bias was moved to make up for the mean error.
         compared_error: the same for the solver named by `compare`, None if none was.
         error_ratio: `layer_error / compared_error`.
@@ -72,6 +74,8 @@ class SiteReport:
     sparsity: float
     layer_error: float
     output_bound: float
+    quantized: str | None
+    nearest_error: float | None
     bias_compensated: bool
     compared_error: float | None
     error_ratio: float | None
@@ -89,6 +93,8 @@ class SiteReport:
         pattern: Pattern,
         layer_error: float,
         output_bound: float,
+        quantized: str | None = None,
+        nearest_error: float | None = None,
         bias_compensated: bool,
         compared_error: float | None,
         rows: int,
@@ -102,6 +108,8 @@ class SiteReport:
             sparsity=achieved_sparsity(weight),
             layer_error=layer_error,
             output_bound=output_bound,
+            quantized=quantized,
+            nearest_error=nearest_error,
             bias_compensated=bias_compensated,
             compared_error=compared_error,
             error_ratio=layer_error / compared_error if compared_error else None,
@@ -264,6 +272,9 @@ def _totals(sites: Sequence[SiteReport], declined: Sequence[Declined]) -> dict[s
         "zeros": zeros,
         "sparsity": zeros / sum(weights.values()),
         "layer_error_geomean": _geomean([site.layer_error for site in sites]),
+        "nearest_error_geomean": _geomean(
+            [site.nearest_error for site in sites if site.nearest_error is not None]
+        ),
         "error_ratio_geomean": _geomean(
             [site.error_ratio for site in sites if site.error_ratio is not None]
         ),
@@ -354,6 +365,12 @@ def _summary(report: PruneReport) -> list[RenderableType]:
         f"({totals['sparsity']:.1%}); geometric mean of layer errors "
         f"{totals['layer_error_geomean']:.4g}"
     ]
+    if totals["nearest_error_geomean"] is not None:
+        count = sum(site.quantized == "int8" for site in report.sites)
+        lines.append(
+            f"{count} weights are int8, with that error; had they been rounded to the nearest, it "
+            f"would be {totals['nearest_error_geomean']:.4g}"
+        )
     if totals["error_ratio_geomean"] is not None:
         lines.append(
             f"layer error {totals['error_ratio_geomean']:.3f} × that of "

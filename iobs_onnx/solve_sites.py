@@ -15,6 +15,8 @@ from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import IobsError, ModelError
 from iobs_onnx.hessian import Cross, Hessian, dead_inputs
 from iobs_onnx.layer import Solution, newton_step, solve_stacked
+from iobs_onnx.passes import Codes, why_not_integers
+from iobs_onnx.quantize import round_site
 from iobs_onnx.report import SiteReport
 from iobs_onnx.site import Site
 from iobs_onnx.solvers import make_solver
@@ -41,11 +43,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Solved:
-    """The sparse tensor of one site as it is stored, its new bias, and its line of the report."""
+    """What one site became.
+
+    Attributes:
+        stored: its sparse tensor.
+        bias: its new bias, None if it stays.
+        report: its line of the report.
+        codes: the integers that `stored` is to be written as, None for none.
+    """
 
     stored: Stored
     bias: Stored | None
     report: SiteReport
+    codes: Codes | None = None
 
 
 def solve_sites(
@@ -105,8 +115,16 @@ def _solve_sites(
         # Float64 weights would come back rounded where nothing was asked of them.
         whole = config.sparsity.density == 1.0
         stored = layer.dense if whole else site.to_stored(solved.cpu().numpy(), layer.dense.dtype)
-        sparse = _matrices(site, stored, device)  # as it is read: rounded to the stored type
         energy = _quadratic(weight, hessian)
+        codes, nearest_error = None, None
+        if config.quantize is not None and why_not_integers(site) is None:
+            codes, nearest = round_site(
+                site, groups, aim, centred, config.damping, layer.dense.dtype
+            )
+            stored = codes.dequantized()
+            lost = _quadratic(_matrices(site, nearest.dequantized(), device) - aim, centred)
+            nearest_error = lost / energy if energy > 0 else 0.0
+        sparse = _matrices(site, stored, device)  # as it is read: rounded to the stored type
         excess = _quadratic(sparse - aim, centred)
         compared = None if other is None else sum(solution.excess for solution in other)
         report = SiteReport.of(
@@ -116,13 +134,15 @@ def _solve_sites(
             layer_error=excess / energy if energy > 0 else 0.0,
             output_bound=math.sqrt(excess),
             compared_error=None if compared is None else compared / energy if energy > 0 else 0.0,
+            quantized=None if config.quantize is None else why_not_integers(site) or "int8",
+            nearest_error=nearest_error,
             bias_compensated=biased and config.bias_compensation > 0,
             rows=hessian.rows,
             dead_inputs=int(dead_inputs(hessian.matrix).sum()),
             seconds=seconds * site.out_features / outputs,
         )
         bias = _bias(weight, sparse, layer, hessian, config) if biased else None
-        result[site] = Solved(stored, bias, report)
+        result[site] = Solved(stored, bias, report, codes)
     return result
 
 

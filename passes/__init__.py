@@ -22,6 +22,13 @@ from iobs_onnx.passes.find_sites import find_sites
 from iobs_onnx.passes.instrument import instrument
 from iobs_onnx.passes.partition import Segment, Sequential, partition
 from iobs_onnx.passes.prepare import prepare
+from iobs_onnx.passes.quantize import (
+    Codes,
+    channel_axis,
+    require_opset,
+    store_as_integers,
+    why_not_integers,
+)
 from iobs_onnx.passes.rewrite import rewrite
 from iobs_onnx.passes.sizes import Sizes, model_sizes
 from iobs_onnx.passes.surroundings import Surroundings, find_surroundings, rewrite_biases
@@ -30,6 +37,7 @@ from iobs_onnx.passes.tokens import find_token_input
 
 __all__ = [
     "Chain",
+    "Codes",
     "Engine",
     "Segment",
     "Sequential",
@@ -38,6 +46,7 @@ __all__ = [
     "Surroundings",
     "Violation",
     "achieved_sparsity",
+    "channel_axis",
     "check_model",
     "check_pattern",
     "deployment_warnings",
@@ -58,12 +67,15 @@ __all__ = [
     "permute_channels",
     "prepare",
     "release",
+    "require_opset",
     "require_output",
     "rewrite",
     "rewrite_biases",
     "save_model",
     "sparse_bytes",
+    "store_as_integers",
     "store_sparsely",
     "stored_slots",
     "trtexec_command",
+    "why_not_integers",
 ]
