@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-optimum corpus fuzz lint types bench screenshots clean
+.PHONY: help demo test test-all test-optimum corpus fuzz lint types bench docs screenshots clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,9 @@ bench: $(INSTALLED)  ## speed and quality against the peers; minutes
 	$(BIN)/python benchmarks/calibration.py --model build/models/all-MiniLM-L6-v2.onnx \
 		--calibration build/layers/feeds
 	$(BIN)/python benchmarks/solvers.py
+
+docs: $(INSTALLED)  ## the site of the documentation, into build/site
+	$(BIN)/python -m mkdocs build --strict
 
 screenshots: $(INSTALLED)  ## the pictures in docs/img, from the demo's report; needs Chromium
 	$(BIN)/python docs/screenshots.py build/demo/report/report.html

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is loaded. Threads that spin while they wait make the solvers ten times
     # slower as soon as another process wants a core, and gain nothing when none does.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     logging.basicConfig(format="iobs-onnx: %(message)s", level=logging.WARNING)
     try:
         return int(arguments.run(arguments))
@@ -76,7 +76,8 @@ class _PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command; the documentation is made from it, too."""
     parser = argparse.ArgumentParser(
         prog="iobs-onnx", description="Post-training sparsity for ONNX models with I-OBS."
     )

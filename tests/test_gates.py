@@ -79,9 +79,9 @@ def test_prune_prints_its_report_as_json(toy: Path, capsys) -> None:
 
 
 def test_every_command_prints_json() -> None:
-    from iobs_onnx.cli import _parser
+    from iobs_onnx.cli import make_parser
 
-    commands = next(a.choices for a in _parser()._actions if a.metavar == "COMMAND")
+    commands = next(a.choices for a in make_parser()._actions if a.metavar == "COMMAND")
     assert commands is not None
     for name, command in commands.items():  # type: ignore[attr-defined]
         assert any("--json" in action.option_strings for action in command._actions), name

@@ -97,9 +97,13 @@ def ratios(sites: Sequence[Row], compared: str) -> Markup:
 
 
 def rounds(trace: Sequence[Row]) -> Markup:
-    """Draw the metric of every round; those that were not accepted are hollow."""
+    """Draw the worth of every round; those that were not accepted are hollow.
+
+    That is the user's metric or, where a round has none, the error of the held-out outputs.
+    """
+    measured = "error" if any(item.get("metric") is None for item in trace) else "metric"
     numbers = [item["round"] for item in trace]
-    values = [item["metric"] for item in trace]
+    values = [_shown(item.get(measured)) for item in trace]
     accepted = [bool(item.get("accepted")) for item in trace]
 
     def paint(axes: Axes, narrow: bool) -> None:
@@ -117,18 +121,18 @@ def rounds(trace: Sequence[Row]) -> Markup:
             if item.get("best"):
                 axes.annotate(
                     "best",
-                    (item["round"], item["metric"]),
+                    (item["round"], _shown(item.get(measured))),
                     xytext=(0, 10),
                     textcoords="offset points",
                     ha="center",
                     color=ACCENT,
                 )
-        axes.set_title("Metric by round")
+        axes.set_title("Metric by round" if measured == "metric" else "Output error by round")
         axes.margins(x=0.06, y=0.22)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("round")
 
-    return draw("rounds", "Metric of every round", paint, height=240)
+    return draw("rounds", "Worth of every round", paint, height=240)
 
 
 def runs(names: Sequence[str], reports: Sequence[Row]) -> Markup:

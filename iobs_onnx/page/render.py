@@ -28,7 +28,8 @@ def render_report(report: Report) -> str:
     sites, options = report["sites"], report["options"]
     compare = options["compare"]
     ratios = [site["error_ratio"] for site in sites if site["error_ratio"] is not None]
-    trace = [item for item in report.get("rounds") or [] if item["metric"] is not None]
+    trace = report.get("rounds") or []
+    trace = trace if len(trace) > 1 else []
     drawn = {
         "layers": sites and figures.layer_errors(sites, options["solver"], compare),
         "sparsity": sites and figures.sparsities(sites),

@@ -128,6 +128,12 @@ def test_rounds_are_drawn_where_there_are_some(report: dict[str, Any]) -> None:
     html = render_report(report)
     assert 'id="rounds"' in html
     assert html.count(">best<") == 2  # wide and narrow
+    assert "Metric by round" in html
+    for item in report["rounds"]:
+        item |= {"metric": None, "error": 0.3}
+    assert "Output error by round" in render_report(report)
+    report["rounds"] = report["rounds"][:1]
+    assert 'id="rounds"' not in render_report(report)
 
 
 def test_what_is_unknown_is_drawn_all_the_same(report: dict[str, Any]) -> None:
