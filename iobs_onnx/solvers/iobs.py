@@ -29,6 +29,8 @@ from iobs_onnx.sparsity import NM
 
 # Outputs that are worked on at once where they are independent: what fits a CPU's caches.
 _OUTPUTS = 512
+# Up to so many inputs the result is held against plain magnitude pruning.
+_FEW_INPUTS = 64
 # Standard deviation of the factor that shakes an iterate before the search is taken up again.
 _SHAKE = 0.1
 # Over-relaxation of the steps on a fixed mask.
@@ -75,7 +77,8 @@ class IOBS:
                 part.reheat(problem, rho / self.reheat, noise)
             self._search(problem, parts, hessian, self.reheat)
         weight = torch.cat([part.best for part in parts], 1).T.contiguous()
-        return Sparse(weight, torch.cat([part.best_mask for part in parts], 1).T.contiguous())
+        mask = torch.cat([part.best_mask for part in parts], 1).T.contiguous()
+        return _no_worse_than_magnitude(problem, Sparse(weight, mask))
 
     def _scale(self, problem: Problem) -> torch.Tensor:
         diagonal = problem.damped.diagonal()
@@ -178,6 +181,24 @@ class _Part:
         self.best = refitted.where(better, self.best)
         self.best_mask = self.mask.where(better, self.best_mask)
         self._best_iterate = self.iterate.where(better, self._best_iterate)
+
+
+def _no_worse_than_magnitude(problem: Problem, found: Sparse) -> Sparse:
+    """Where inputs are few, take over outputs whose largest weights alone leave a lower error.
+
+    Among a handful of inputs the search can end beside the best support, about once in 1,500 layers
+    of 4 or 8 inputs; with more of them it has not been seen above magnitude pruning.
+    """
+    if not isinstance(problem.pattern, NM) or problem.weight.shape[1] > _FEW_INPUTS:
+        return found
+    mask = problem.project(problem.weight.abs())
+    plain = problem.weight * mask
+    errors = []
+    for weight in (found.weight, plain):
+        delta = weight - problem.weight
+        errors.append(((delta @ problem.damped) * delta).sum(1))
+    worse = (errors[1] < errors[0])[:, None]
+    return Sparse(plain.where(worse, found.weight), mask.where(worse, found.mask))
 
 
 def _split(problem: Problem, scale: torch.Tensor) -> list[_Part]:

@@ -515,3 +515,21 @@ def test_obs_says_when_float32_is_not_enough(make_problem: MakeProblem) -> None:
     problem.__dict__["inverse"] = spoiled
     with pytest.raises(SolverError, match="too ill-conditioned for OBS in float32"):
         OBS().solve(problem)
+
+
+def test_iobs_is_no_worse_than_magnitude_where_inputs_are_few() -> None:
+    """In the damped error, which the solver minimises."""
+    for seed in range(60):
+        noise = torch.Generator().manual_seed(seed)
+        inputs = (4, 8)[seed % 2]
+        weight = torch.randn(8, inputs, generator=noise)
+        mix = torch.eye(inputs) + 0.3 * torch.randn(inputs, inputs, generator=noise)
+        rows = torch.tanh(torch.randn(60, inputs, generator=noise) @ mix)
+        hessian = rows.T @ rows / len(rows)
+        problem = Problem(weight, hessian, 0.01 * float(hessian.diagonal().mean()), NM(2, 4), (8,))
+        errors = []
+        for name in ("iobs", "magnitude"):
+            solver = make_solver(name, "fast" if name == "iobs" else None)
+            delta = solver.solve(problem).weight - weight
+            errors.append(((delta @ problem.damped) * delta).sum(1))
+        assert (errors[0] <= errors[1] * (1 + 1e-5)).all(), seed
