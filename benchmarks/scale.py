@@ -193,7 +193,7 @@ def measure(size: float, arguments: argparse.Namespace) -> dict[str, Any]:
             np.savez(folder / f"feeds/{feed}.npz", input_ids=ids)
         command = [sys.executable, "-m", "iobs_onnx", "prune", str(folder / "dense.onnx")]
         command += ["--calibration", str(folder / "feeds"), "--sparsity", "2:4", "--quiet"]
-        command += ["--preset", "fast", "--memory-budget", arguments.memory_budget]
+        command += ["--memory-budget", arguments.memory_budget]
         command += ["--output", str(folder / "sparse.onnx"), "--report-dir", str(folder / "report")]
         measured = run_measured([*command, *arguments.options])
         report = json.loads((folder / "report/report.json").read_text())
@@ -215,8 +215,10 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 1, 2, 4, 8], metavar="GB")
     parser.add_argument("--memory-budget", default="500MB")
     parser.add_argument("--folder", type=Path, help="where models are made; twice the size is used")
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="given to prune")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=["--preset", "fast"], help="for prune"
+    )
     arguments = parser.parse_args()
     results = []
     for size in arguments.sizes:
@@ -224,7 +226,8 @@ def main() -> None:
         print(json.dumps(results[-1]), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
-    table = Table(title=f"2:4, preset fast, --memory-budget {arguments.memory_budget}")
+    options = " ".join(["--memory-budget", arguments.memory_budget, *arguments.options])
+    table = Table(title=f"2:4, {options}")
     for heading in ("model GB", "layers", "peak GB", "own GB", "files GB", "seconds", "a layer"):
         table.add_column(heading, justify="right")
     for row in results:
