@@ -40,6 +40,9 @@ def test_it_fits_and_every_section_shows(open_page, run: Path, size: str, scheme
         assert section.bounding_box()["height"] > 60
     figures = page.locator(".figure:visible")
     assert figures.count() == 3  # errors, zeros, ratios: one of the two widths of each
+    main = page.locator("main").bounding_box()
+    assert main["width"] <= 1120
+    assert main["x"] == pytest.approx((SIZES[size][0] - main["width"]) / 2)
     box = figures.first.bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= SIZES[size][0]
