@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-optimum corpus fuzz lint types bench docs screenshots clean
+.PHONY: help demo test test-all test-optimum corpus fuzz lint types bench docs package screenshots clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,9 @@ bench: $(INSTALLED)  ## speed and quality against the peers; minutes
 
 docs: $(INSTALLED)  ## the site of the documentation, into build/site
 	$(BIN)/python -m mkdocs build --strict
+
+package: $(INSTALLED)  ## build wheel and sdist into dist/, install the wheel in an empty environment, prune with it
+	$(BIN)/pytest -m '' tests/test_package.py
 
 screenshots: $(INSTALLED)  ## the pictures in docs/img, from the demo's report; needs Chromium
 	$(BIN)/python docs/screenshots.py build/demo/report/report.html
