@@ -8,6 +8,7 @@ from pathlib import Path
 import minilm
 import numpy as np
 import onnxruntime as ort
+from tokenizers import Tokenizer
 
 Embed = Callable[[list[str]], np.ndarray]
 
@@ -32,15 +33,17 @@ def spearman(embed: Embed, shared: Path, count: int = 1500) -> float:
 
 def embed_with(model: Path) -> Embed:
     """Return a function that embeds texts with an ONNX file: the mean of the tokens' states."""
+    tokenizer = Tokenizer.from_file(str(minilm.weights_folder() / "tokenizer.json"))
+    tokenizer.enable_truncation(minilm.MAX_TOKENS)
+    tokenizer.no_padding()
     session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
     def embed(texts: list[str]) -> np.ndarray:
+        encoded = tokenizer.encode_batch(texts)
         order = np.argsort([len(text) for text in texts], kind="stable")
         vectors = np.empty((len(texts), 384), np.float32)
         for index in _chunks(order, 32):
-            # One text after the other, so that their order is kept.
-            rows = [minilm.feeds([texts[at]])[0]["input_ids"][0] for at in index]
-            feed = minilm._feed(rows)
+            feed = minilm._feed([encoded[at].ids for at in index])
             states = session.run(["last_hidden_state"], feed)[0]
             mask = feed["attention_mask"][..., None]
             vectors[index] = (states * mask).sum(1) / mask.sum(1)

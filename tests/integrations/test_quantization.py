@@ -95,9 +95,9 @@ def test_the_joint_error_is_below_that_of_rounding_afterwards(folder: Path) -> N
 
 def test_the_task(folder: Path, shared: Path) -> None:
     kinds = ("encoder", "sparse", "dynamic", "static", "four-bits", "joint")
-    found = {k: stsb.spearman(stsb.embed_with(folder / f"{k}.onnx"), shared) for k in kinds}
+    found = {k: stsb.spearman(stsb.embed_with(folder / f"{k}.onnx"), shared, 300) for k in kinds}
     logger.info("STS-B Spearman: %s", {k: round(v, 4) for k, v in found.items()})
-    assert found["encoder"] == pytest.approx(0.867, abs=0.002)
+    assert found["encoder"] == pytest.approx(0.9334, abs=0.002)  # of the first 300 pairs
     # Few texts calibrate here: what is held to is that quantization takes little more.
     for kind in ("dynamic", "static", "four-bits"):
         assert found[kind] > found["sparse"] - 0.03, kind
