@@ -24,7 +24,7 @@ from iobs_onnx.errors import CheckError, GateError, IobsError, OptionError
 from iobs_onnx.progress import Progress
 
 # What a TOML file may hold besides the fields of PruneConfig.
-_RUN_OPTIONS = ("calibration", "output", "report_dir")
+_RUN_OPTIONS = ("calibration", "holdout", "work_dir", "output", "report_dir")
 _EXIT_CODES = {CheckError: 1, GateError: 4}
 
 
@@ -111,7 +111,19 @@ def _add_prune(commands: Any) -> None:
     command.add_argument(
         "--calibration",
         metavar="DATA",
-        help="an .npz, .jsonl or .parquet, a directory of .npz feeds, module:callable, or random",
+        action="append",
+        help="an .npz, .jsonl or .parquet, a directory of .npz feeds, module:callable, or random; "
+        "may be given more than once",
+    )
+    command.add_argument(
+        "--holdout",
+        metavar="DATA",
+        help="data that only judge (default: a tenth of the calibration data)",
+    )
+    command.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="keep what is solved here; the same command goes on there after it was cut off",
     )
     command.add_argument("--output", metavar="OUT.onnx", help="the sparse model to write")
     command.add_argument(

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +134,33 @@ class PruneConfig:
         "the pruned model from fitting the calibration text too closely",
         type=float,
     )
+    rounds: int = _option(
+        1,
+        "walks through the model, each on its own part of the calibration data; the one with the "
+        "best metric, or else the lowest held-out error, is written",
+        type=int,
+        metavar="T",
+    )
+    allocate: Literal["uniform", "error"] = _option(
+        "uniform",
+        "how a fraction removed is spread over the sites: the same for each, or more where it "
+        "costs less layer error",
+        choices=("uniform", "error"),
+    )
+    metric: str | Callable[[str], float] | None = _option(  # noqa: RUF009 - a field, see _option
+        None,
+        "judge sparse models by module:callable(path) -> float, higher is better",
+        metavar="MODULE:CALLABLE",
+    )
+    min_metric: float | None = _option(
+        None, "leave the costliest sites dense until the metric is at least this", type=float
+    )
+    budget_error: float | None = _option(
+        None,
+        "leave the costliest sites dense until the mean relative error of the outputs on held-out "
+        "samples is at most this",
+        type=float,
+    )
     memory_budget: int | None = _option(
         None,
         "bytes of weights and Hessians in a segment, and of activations between two: 2GB, 500MB "
@@ -186,16 +213,22 @@ class PruneConfig:
             globs = (value,) if isinstance(value, str) else tuple(value or ())
             object.__setattr__(self, name, globs)
         object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
-        choices = ("solver", "preset", "compare", "provider", "device", "sequential", "target")
-        for name in (*choices, "emit", "quantize"):
-            self._require_choice(name)
+        for option in dataclasses.fields(self):
+            if "choices" in option.metadata["how"]:
+                self._require_choice(option.name)
         self._require_company()
         for name in ("text", "tokenizer", "images", "audio", "preprocess"):
             if not isinstance(value := getattr(self, name), str | os.PathLike | None):
                 raise OptionError(f"{name} {value!r}: expected a path")
             object.__setattr__(self, name, None if value is None else os.fspath(value))
-        for name in ("samples", "batch_size", "sequence_length", "seed"):
+        for name in ("samples", "batch_size", "sequence_length", "rounds", "seed"):
             self._require_integer(name, least=0 if name == "seed" else 1)
+        self._require_numbers()
+        for name in ("mask_padding", "residual", "pack"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
+
+    def _require_numbers(self) -> None:
         for name in ("damping", "learning_rate", "bias_compensation", "random_tokens"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -204,7 +237,8 @@ class PruneConfig:
         for name, least in (("bias_compensation", "at most"), ("random_tokens", "below")):
             if getattr(self, name) > 1 or (least == "below" and getattr(self, name) == 1):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected a share {least} 1")
-        self._require_bound("max_output_error")
+        for name in ("max_output_error", "budget_error"):
+            self._require_bound(name)
         for name in ("mask_padding", "residual", "pack", "permute"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
@@ -220,6 +254,15 @@ class PruneConfig:
             )
         if self.quantize is not None and self.emit == "sparse-initializer":
             raise OptionError("quantize int8: integers are written as dense tensors; emit dense")
+        if not isinstance(self.min_metric, int | float | None):
+            raise OptionError(f"min_metric {self.min_metric!r}: expected a number")
+        if self.min_metric is not None and self.metric is None:
+            raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
+        if self.allocate == "error" and isinstance(self.sparsity, NM):
+            raise OptionError(
+                f"allocate error: {self.sparsity} is the same for every site by its nature; give "
+                "a fraction removed, such as 50%"
+            )
 
     def _require_choice(self, name: str) -> None:
         options = next(f for f in dataclasses.fields(self) if f.name == name)
@@ -236,7 +279,7 @@ class PruneConfig:
 
     def _require_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is None and name != "seed":
+        if value is None and name in ("samples", "batch_size", "sequence_length"):
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise OptionError(f"{name} {value!r}: expected an integer of at least {least}")
@@ -246,6 +289,7 @@ class PruneConfig:
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "sparsity": str(self.sparsity),
+            "metric": getattr(self.metric, "__qualname__", self.metric),
             "include": list(self.include),
             "exclude": list(self.exclude),
         }

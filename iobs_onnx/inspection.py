@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from iobs_onnx.passes import eligibility_2_4, engines_2_4, find_sites, load_model
-from iobs_onnx.site import Declined, Site, Tap
+from iobs_onnx.site import Declined, Site
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,3 @@ def describe_declined(item: Declined) -> dict[str, Any]:
         "shape": list(item.shape),
         "reason": item.reason,
     }
-
-
-def tap_label(tap: Tap) -> str:
-    """Return a tap's activation, and how it is read unless by vectors along the last axis."""
-    return tap.label

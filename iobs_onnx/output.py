@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from iobs_onnx.config import PruneConfig
-from iobs_onnx.errors import ModelError, OptionError
+from iobs_onnx.errors import CheckError, ModelError, OptionError
 from iobs_onnx.passes import (
+    check_model,
     deployment_warnings,
     engines_2_4,
+    load_model,
     mask_file,
     masks_of,
     model_hash,
     model_sizes,
     require_output,
-    save_model,
+    saving,
     store_sparsely,
     trtexec_command,
 )
@@ -67,24 +70,51 @@ def set_form(model: ir.Model, sites: Sequence[Site], config: PruneConfig) -> dic
 
 def write(
     model: ir.Model,
+    dense: Any,
     sites: Sequence[Site],
     output: str | os.PathLike[str] | None,
     config: PruneConfig,
-) -> dict[str, Any]:
-    """Write the model, with masks beside it where they are asked for, and measure it.
+    spare: Path,
+) -> tuple[dict[str, Any], str]:
+    """Check the model as it is written, put it in its place, with masks if asked, and measure it.
+
+    Args:
+        model: the sparse one.
+        dense: what it was made from.
+        sites: pruned.
+        output: its file; without one the model is only checked.
+        config: names the form.
+        spare: a folder for a model that is only checked.
 
     Returns:
         For the report: path, hash and sizes; `masks`, their file; and `refused`, what ONNX Runtime
-        says against a form that it may not read, None where it loads it.
+        says against a form that it may not read, None where it loads it. Then what onnx.checker
+        says: if it complains, then of the dense model too, which pruning neither made nor mends.
+
+    Raises:
+        CheckError: onnx.checker refuses only the sparse model.
     """
-    masks = refused = None
-    if output is not None:
-        with_masks = config.emit == "mask"
-        save_model(model, output, masks=masks_of(model, sites) if with_masks else None)
-        masks = str(mask_file(output)) if with_masks else None
-        if config.emit == "sparse-initializer":
-            refused = _refused(output, config)
-    return {**describe_file(output), "masks": masks, "refused": refused}
+    masks = masks_of(model, sites) if config.emit == "mask" else None
+    with saving(model, spare / "model.onnx" if output is None else output, masks=masks) as file:
+        checker = _checked(file, dense)
+    written = {**describe_file(output), "masks": None, "refused": None}
+    if output is not None and masks is not None:
+        written["masks"] = str(mask_file(output))
+    if output is not None and config.emit == "sparse-initializer":
+        written["refused"] = _refused(output, config)
+    return written, checker
+
+
+def _checked(file: Path, dense: Any) -> str:
+    try:
+        check_model(file)
+    except CheckError:
+        try:
+            check_model(load_model(dense))
+        except CheckError as error:
+            return str(error)
+        raise
+    return "passed"
 
 
 def describe_deployment(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,40 +18,36 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from iobs_onnx.allocation import allocate
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.errors import CheckError, DependencyError, ModelError
+from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.gates import require_output_error
+from iobs_onnx.judge import Judge, find_metric
 from iobs_onnx.output import describe_deployment, describe_file, require_form, set_form, write
 from iobs_onnx.passes import (
-    Surroundings,
-    check_model,
-    check_pattern,
+    bring_into_memory,
     find_sites,
-    find_surroundings,
-    find_token_input,
     load_model,
-    partition,
+    model_hash,
     require_opset,
 )
 from iobs_onnx.permute import permuted
 from iobs_onnx.progress import Progress
 from iobs_onnx.quantize import store_quantized
 from iobs_onnx.report import CalibrationRecord, PruneReport, build_report
-from iobs_onnx.runtime import (
-    Data,
-    Feed,
-    OutputFidelity,
-    input_specs,
-    open_data,
-    with_random_tokens,
-)
-from iobs_onnx.segments import Place, compare, default_memory_budget, prepared
-from iobs_onnx.select import select
-from iobs_onnx.site import Candidates, Site, Tap
+from iobs_onnx.restore import leave_dense, reason
+from iobs_onnx.rounds import Rounds
+from iobs_onnx.runtime import Data, InputSpec, input_specs, join, open_data
+from iobs_onnx.segments import Place, default_memory_budget
+from iobs_onnx.select import decline, select
+from iobs_onnx.shelf import Shelf
+from iobs_onnx.site import Candidates
 from iobs_onnx.sources import calibration_source
-from iobs_onnx.walk import Walk, rewrite_sites
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+
+# Folders for activations that do not fit in memory begin with this.
+_STREAMS = "streams-"
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,31 @@ def prune(
     sparsity: Any,
     calibration: Any = None,
     output: str | os.PathLike[str] | None = None,
+    holdout: Any = None,
+    work_dir: str | os.PathLike[str] | None = None,
     solver: str = "iobs",
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
     """Prune a model's weights to a sparsity pattern, layer by layer, and say what it cost.
 
-    Each site's weight `W` is replaced by a sparse one that minimises `½ E‖W x − X x‖²` over the
-    calibration data, `x` being the activation that meets it in the dense model.
+    Each site's weight `W` is replaced by a sparse one that minimises `½ E‖W x_d − X x_s‖²` over
+    the calibration data: `x_d` is the activation that meets it in the dense model, `x_s` the one
+    that meets it in the model as pruned so far.
 
     Args:
         model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
         sparsity: `"2:4"`, any `"N:M"`, `0.7` or `"70%"`.
         calibration: an `.npz` (input name -> array whose first axis is samples), a directory of
             `.npz` feeds, a `.jsonl` or `.parquet`, `"module:callable"`, an iterable of feeds, a
-            dict of arrays, an ONNX Runtime `CalibrationDataReader`, or `"random"`. None where
-            `text`, `images` or `audio` among the options names the data.
+            dict of arrays, an ONNX Runtime `CalibrationDataReader`, or `"random"`; or a list of
+            these, which are mixed. None where `text`, `images` or `audio` among the options names
+            the data.
         output: the file to write; nothing is written if anything fails.
+        holdout: data that only judge, in any of these forms. Without it a tenth of the calibration
+            data, at most 64 samples, is held out.
+        work_dir: a folder, made if needed, that keeps what is solved: the same call goes on there
+            after it was cut off. Delete it when the run is done.
         solver: a name in :data:`iobs_onnx.solvers.SOLVERS`.
         progress: is told how far calibration and solving are.
         options: the other fields of :class:`iobs_onnx.config.PruneConfig`.
@@ -102,6 +110,7 @@ def prune(
     started = time.perf_counter()
     progress = progress or Progress()
     device = _device(config)
+    metric = find_metric(config.metric)
 
     dense = load_model(model)
     require_form(dense, output, config.emit)
@@ -110,59 +119,56 @@ def prune(
     if config.quantize is not None:
         require_opset(dense, chosen.sites)
     inputs = input_specs(dense)
-    source = calibration_source(calibration, config, dense, model, inputs)
-    data = open_data(
-        source,
-        inputs,
-        samples=config.samples,
-        batch_size=config.batch_size,
-        seed=config.seed,
+    several = isinstance(calibration, list | tuple) and any(
+        not isinstance(item, Mapping) for item in calibration
     )
-    with TemporaryDirectory(prefix="iobs-onnx-") as folder:
-        place = Place(
-            config.provider, config.memory_budget or default_memory_budget(), Path(folder)
-        )
+    sources = [
+        calibration_source(item, config, dense, model, inputs)
+        for item in (calibration if several else [calibration])
+    ]
+    data = _open(sources, holdout, inputs, config)
+    with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
+        shelf = Shelf(folder)
+        if work_dir is not None:
+            shelf.claim({**_identity(model, work_dir), "options": config.as_dict()})
+        budget = config.memory_budget or default_memory_budget()
+        place = Place(config.provider, budget, Path(spill))
+        judge = Judge(dense, data, place, metric)
         start, permutations = permuted(dense, chosen.sites, data, config, place, device)
-        sparse = load_model(start)
-        reference, working = prepared(start), prepared(sparse)
-        around = find_surroundings(dense, chosen.sites)
-        segments = partition(
-            reference,
-            chosen.sites,
-            beside=_residuals(around, config),
-            sequential=config.sequential,
-            budget=place.budget,
-        )
-        feeds, batches, random_share = _mixed(dense, data, config)
-        steps = None if batches is None else batches * len(segments) + len(chosen.sites)
-        with progress.stage("prune", steps) as advance:
-            walk = Walk(reference, working, config, place, device, advance, around)
-            solved = walk.run(segments, feeds)
-        rewrite_sites(sparse, solved, around)
-        form = set_form(sparse, chosen.sites, config)
-        complaint = _check(dense, sparse, chosen.sites, config)
-        fidelity = _compare(dense, sparse, data, place)
-        require_output_error(fidelity, config.max_output_error)
-    codes = {site: solved[site].codes for site in chosen.sites}
-    sites = store_quantized(sparse, chosen.sites, codes, config.sparsity)
-    written = write(sparse, sites, output, config)
+        patterns = allocate(start, chosen.sites, data, config, place, device)
+        rounds = Rounds(start, chosen.sites, patterns, config, place, device, shelf, judge)
+        with progress.stage("prune", rounds.steps(data.batches)) as advance:
+            finished, verdict = rounds.run(data, advance)
+        finished, verdict = leave_dense(finished, verdict, config, judge, rounds.pruned)
+        require_output_error(verdict.outputs, config.max_output_error)
+        sparse = rounds.pruned(finished)
+        if output is None:
+            bring_into_memory(sparse)
+        form = set_form(sparse, list(finished), config)
+        held = [patterns.get(site, config.sparsity) for site in finished]
+        sites = store_quantized(sparse, finished, held)
+        written, checker = write(sparse, model, sites, output, config, place.folder)
 
+    left = [decline(site, reason(config)) for site in chosen.sites if site not in finished]
     report = build_report(
         config=config,
-        model={**describe_file(model), "checker": complaint or "passed"},
+        model={**describe_file(model), "checker": checker},
         output={**written, **form},
-        runtime={**place.runtime, "device": str(device), "segments": len(segments)},
-        calibration=CalibrationRecord.of(source, data, walk.calibration, random_share),
-        sites=[solved[site].report for site in chosen.sites],
-        declined=chosen.declined,
-        deployment=describe_deployment(
-            sparse, sites, [config.sparsity], output, data.held_out, config
+        runtime={**place.runtime, "device": str(device), "segments": len(rounds.segments)},
+        calibration=CalibrationRecord.of(
+            sources, data, dataclasses.asdict(rounds.facts), rounds.random_tokens
         ),
+        sites=[item.report for item in finished.values()],
+        declined=[*chosen.declined, *left],
+        deployment=describe_deployment(sparse, sites, held, output, data.held_out, config),
         permutations=permutations,
-        fidelity=fidelity,
-        seconds={**walk.seconds, "total": time.perf_counter() - started},
+        rounds=rounds.trace,
+        fidelity=verdict.outputs,
+        seconds={**rounds.seconds, "total": time.perf_counter() - started},
     )
-    return PruneResult(sparse, report, report.output["path"])
+    if output is None:
+        return PruneResult(sparse, report, None)
+    return PruneResult(load_model(output), report, os.fspath(output))
 
 
 def _require_sites(chosen: Candidates) -> None:
@@ -171,6 +177,29 @@ def _require_sites(chosen: Candidates) -> None:
     reasons = sorted({item.reason for item in chosen.declined})
     why = f"every candidate is declined: {'; '.join(reasons)}" if reasons else "it holds no weights"
     raise ModelError(f"there is nothing to prune in this model: {why}")
+
+
+def _open(
+    sources: Sequence[Any], holdout: Any, inputs: Sequence[InputSpec], config: PruneConfig
+) -> Data:
+    """Open all sources of calibration data, and the one that only judges."""
+    parts = [
+        open_data(
+            source,
+            inputs,
+            samples=config.samples,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            **({} if holdout is None else {"holdout": 0}),
+        )
+        for source in sources
+    ]
+    judging = None if holdout is None else open_data(holdout, inputs, holdout=0)
+    data = join(parts, judging)
+    if config.rounds > 1 or config.allocate == "error":  # these read the feeds more than once
+        data.calibration = list(data.calibration)
+        data.batches = len(data.calibration)
+    return data
 
 
 def _device(config: PruneConfig) -> torch.device:
@@ -184,65 +213,25 @@ def _device(config: PruneConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _residuals(around: Mapping[Site, Surroundings], config: PruneConfig) -> dict[Site, Tap]:
-    """Return the streams that outputs are added to, where the target takes them into account."""
-    if not config.residual or config.target != "dense":
-        return {}
-    return {site: found.residual for site, found in around.items() if found.residual is not None}
-
-
-def _mixed(
-    dense: ir.Model, data: Data, config: PruneConfig
-) -> tuple[Iterable[Feed | tuple[Feed, float]], int | None, float]:
-    """Mix random tokens into the feeds of a model that looks up tokens.
-
-    Returns:
-        The feeds, how many there are if that is known, and the share of random tokens.
-    """
-    tokens = find_token_input(dense)
-    if tokens is None or config.random_tokens == 0:
-        return data.calibration, data.batches, 0.0
-    mixed = with_random_tokens(data.calibration, *tokens, config.random_tokens, config.seed)
-    count = None if data.batches is None else data.batches + (data.batches + 1) // 2
-    return mixed, count, config.random_tokens
-
-
-def _check(
-    dense: ir.Model, sparse: ir.Model, sites: Sequence[Site], config: PruneConfig
-) -> str | None:
-    """Check the sparse model before anything is written.
-
-    Returns:
-        What onnx.checker says against the *dense* model, which pruning neither made nor mends.
-
-    Raises:
-        CheckError: a pattern does not hold, or onnx.checker refuses only the sparse model.
-    """
-    if violations := check_pattern(sparse, sites, {site.name: config.sparsity for site in sites}):
-        raise CheckError(violations[0].text)
+@contextmanager
+def _work_folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Enter the folder for what is solved; one that was not asked for goes with the run."""
+    if work_dir is None:
+        with TemporaryDirectory(prefix="iobs-onnx-") as temporary:
+            yield Path(temporary)
+        return
+    folder = Path(work_dir)
     try:
-        check_model(sparse)
-    except CheckError:
-        try:
-            check_model(dense)
-        except CheckError as error:
-            return str(error)
-        raise
-    return None
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{_STREAMS}*"):  # of a run that was cut off
+            shutil.rmtree(left)
+    except OSError as error:
+        raise OptionError(f"work-dir {work_dir}: cannot be used ({error.strerror})") from error
+    yield folder
 
 
-def _compare(dense: ir.Model, sparse: ir.Model, data: Data, place: Place) -> list[OutputFidelity]:
-    """Run both models on the held-out feeds.
-
-    Raises:
-        CheckError: the sparse model puts out values that are not finite.
-    """
-    if not data.held_out_samples:
-        return []
-    fidelity = compare(dense, sparse, data.held_out, place)
-    if broken := [output.name for output in fidelity if not output.finite]:
-        raise CheckError(
-            f"output {broken[0]!r} of the sparse model is not finite on held-out feeds; "
-            "nothing was written"
-        )
-    return fidelity
+def _identity(model: Any, work_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what two runs that share a work folder have in common, besides options and feeds."""
+    if not isinstance(model, str | os.PathLike):
+        raise OptionError(f"work-dir {work_dir}: give the model as a file, to be known again")
+    return {"model": model_hash(model), "version": importlib.metadata.version("iobs-onnx")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,9 @@ from iobs_onnx.passes import Codes, channel_axis, check_pattern, find_sites, sto
 from iobs_onnx.site import Site
 from iobs_onnx.solvers.rounding import Rounded, nearest, round_compensated, steps
 from iobs_onnx.sparsity import Pattern
+
+if TYPE_CHECKING:
+    from iobs_onnx.shelf import Finished
 
 
 def round_site(
@@ -65,27 +69,29 @@ def _codes(site: Site, groups: Sequence[Rounded], dtype: np.dtype[np.generic]) -
 
 
 def store_quantized(
-    model: ir.Model, sites: Sequence[Site], codes: Mapping[Site, Codes | None], pattern: Pattern
+    model: ir.Model, finished: Mapping[Site, Finished], patterns: Sequence[Pattern]
 ) -> tuple[Site, ...]:
-    """Store the weights that were rounded as integers, in place, and hold these to the pattern.
+    """Store the weights that were rounded as integers, in place, and hold these to their patterns.
 
     Returns:
-        The sites of the model as it is now, in the order of `sites`; `sites` where none was.
+        The sites of the model as it is now, in the order of `finished`.
 
     Raises:
         CheckError: a weight is not found again, or its integers do not hold the pattern.
     """
-    rounded = {site.initializer: found for site, found in codes.items() if found is not None}
+    rounded = {s.initializer: item.codes for s, item in finished.items() if item.codes is not None}
     if not rounded:
-        return tuple(sites)
+        return tuple(finished)
     renamed = store_as_integers(model, rounded)
     stored = {site.initializer: site for site in find_sites(model).sites}
     again = []
-    for site in sites:
+    for site in finished:
         found = stored.get(renamed.get(site.initializer, site.initializer))
         if found is None or found.in_features != site.in_features:
             raise CheckError(f"weight {site.initializer!r}: not found again behind its scale")
         again.append(found)
-    if violations := check_pattern(model, again, {site.name: pattern for site in again}):
+    if violations := check_pattern(
+        model, again, {s.name: p for s, p in zip(again, patterns, strict=True)}
+    ):
         raise CheckError(violations[0].text)
     return tuple(again)

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import OptionError
-from iobs_onnx.inspection import describe, describe_declined, tap_label
+from iobs_onnx.inspection import describe, describe_declined
 from iobs_onnx.passes import achieved_sparsity
 from iobs_onnx.picture import MaskPicture
-from iobs_onnx.runtime import Calibration, Data, OutputFidelity, Samples
+from iobs_onnx.runtime import Data, OutputFidelity, Samples
 from iobs_onnx.schema import SCHEMA_VERSION
 from iobs_onnx.site import Declined, Site
 from iobs_onnx.sparsity import Pattern
@@ -146,21 +146,45 @@ class CalibrationRecord:
 
     @classmethod
     def of(
-        cls, source: Any, data: Data, measured: Calibration, random_tokens: float
+        cls, sources: Sequence[Any], data: Data, facts: Mapping[str, Any], random_tokens: float
     ) -> CalibrationRecord:
-        """Describe a finished calibration."""
-        named = isinstance(source, str | os.PathLike)
-        label = os.fspath(source) if named else f"in memory ({type(source).__name__})"
+        """Describe a finished calibration; `facts` are batches and what became of padding."""
         return cls(
-            source=source.label if isinstance(source, Samples) else label,
+            source=" + ".join(map(_label, sources)),
             samples=data.samples,
-            batches=measured.batches,
             random_tokens=random_tokens,
             held_out_samples=data.held_out_samples,
-            padding_excluded=measured.padding_excluded,
-            padding_kept=[tap_label(tap) for tap in measured.padding_kept],
             notes=list(data.notes),
+            **facts,
         )
+
+
+@dataclass(frozen=True)
+class Round:
+    """One walk through the model, as the report shows it.
+
+    Attributes:
+        round: its number, from 1.
+        batches: feeds it was calibrated on.
+        error: mean relative error of the outputs on held-out feeds, None without any.
+        metric: the user's, None without one.
+        accepted: whether it was better than all before; if not, the next starts from the best.
+        best: whether this is what was written.
+    """
+
+    round: int
+    batches: int
+    error: float | None
+    metric: float | None
+    accepted: bool
+    best: bool = False
+
+
+def _label(source: Any) -> str:
+    if isinstance(source, Samples):
+        return source.label
+    named = isinstance(source, str | os.PathLike)
+    return os.fspath(source) if named else f"in memory ({type(source).__name__})"
 
 
 @dataclass(frozen=True)
@@ -179,6 +203,7 @@ class PruneReport:
     totals: dict[str, Any]
     deployment: dict[str, Any]
     permutations: list[dict[str, Any]]
+    rounds: list[Round]
     verification: list[OutputFidelity]
     seconds: dict[str, float]
 
@@ -238,6 +263,7 @@ def build_report(
     declined: Sequence[Declined],
     deployment: Mapping[str, Any],
     permutations: Sequence[Mapping[str, Any]],
+    rounds: Sequence[Round],
     fidelity: Sequence[OutputFidelity],
     seconds: Mapping[str, float],
 ) -> PruneReport:
@@ -256,6 +282,7 @@ def build_report(
         totals=_totals(sites, declined),
         deployment=dict(deployment),
         permutations=[dict(item) for item in permutations],
+        rounds=list(rounds),
         verification=list(fidelity),
         seconds=dict(seconds),
     )

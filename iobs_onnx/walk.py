@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import torch
@@ -23,10 +24,35 @@ from iobs_onnx.passes import (
     rewrite_biases,
     stored_slots,
 )
-from iobs_onnx.runtime import Batch, Calibration, Feed, Stream, calibrate
+from iobs_onnx.runtime import Batch, Feed, Stream, calibrate
 from iobs_onnx.segments import Place
+from iobs_onnx.shelf import Finished, Shelf
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solve_sites import Layer, Solved, solve_sites
+from iobs_onnx.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the feeds turned out to be.
+
+    Attributes:
+        batches: how many there were.
+        padding_excluded: whether rows were left out as padding.
+        padding_kept: labels of taps that count padding, because their shape hides it.
+    """
+
+    batches: int = 0
+    padding_excluded: bool = False
+    padding_kept: list[str] = field(default_factory=list)
+
+    def joined(self, other: Facts) -> Facts:
+        """Return what holds of two segments that read the same feeds."""
+        return Facts(
+            max(self.batches, other.batches),
+            self.padding_excluded or other.padding_excluded,
+            list(dict.fromkeys([*self.padding_kept, *other.padding_kept])),
+        )
 
 
 @dataclass
@@ -44,8 +70,13 @@ class Walk:
         place: where segments run.
         device: where Hessians are summed and sites solved.
         advance: called after every batch that is measured and every site that is solved.
+        shelf: takes what is solved, and gives back what a run that was cut off had solved.
+        name: of this walk on the shelf.
         surroundings: the biases that may be moved, and the streams that outputs are added to.
+        patterns: of the sites that do not get the one of `config`.
+        pruned_before: whether `sparse` comes from an earlier round.
         seconds: spent on measuring and on solving.
+        facts: about the feeds, complete after the walk.
     """
 
     dense: ir.Model
@@ -54,62 +85,73 @@ class Walk:
     place: Place
     device: torch.device
     advance: Callable[[], None]
+    shelf: Shelf
+    name: str
     surroundings: Mapping[Site, Surroundings] = field(default_factory=dict)
+    patterns: Mapping[Site, Pattern] = field(default_factory=dict)
+    pruned_before: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "solve": 0.0})
-    _measured: list[Calibration] = field(default_factory=list)
+    facts: Facts = field(default_factory=Facts)
     _hessians: dict[Tap, Hessian] = field(default_factory=dict)
     _residuals: dict[tuple[Tap, Tap], Cross] = field(default_factory=dict)
     _pending: set[Site] = field(default_factory=set)
 
     def run(
         self, segments: Sequence[Segment], feeds: Iterable[Feed | tuple[Feed, float]]
-    ) -> dict[Site, Solved]:
+    ) -> dict[Site, Finished]:
         """Walk once; return what each site became.
 
         Args:
             segments: from :func:`iobs_onnx.passes.partition`.
             feeds: read once.
         """
+        feeds = self.shelf.digested(self.name, feeds)
         stream = self.place.stream(self.dense, feeds, mask_padding=self.config.mask_padding)
         pruned = stream.over() if self.config.target == "dense" else stream
-        solved: dict[Site, Solved] = {}
+        finished: dict[Site, Finished] = {}
         self._pending = {site for segment in segments for site in segment.sites}
-        for segment in segments:
-            with self._timed("calibrate"):
-                self._measure(segment, stream, pruned)
-            with self._timed("solve"):
-                new = self._solve(segment)
-            rewrite_sites(self.sparse, new, self.surroundings)
-            solved |= new
+        for index, segment in enumerate(segments):
+            name = f"{self.name}-segment-{index:04d}"
+            found = self.shelf.get(name, segment.sites)
+            if found is None:
+                with self._timed("calibrate"):
+                    facts = self._measure(segment, segment.taps, stream, pruned)
+                with self._timed("solve"):
+                    new = self.shelf.put(name, self._solve(segment), dataclasses.asdict(facts))
+            else:
+                new, facts = found[0], Facts(**found[1])
+                self._pending -= set(new)
+                later = self._later()
+                with self._timed("calibrate"):
+                    self._measure(segment, [t for t in segment.taps if t in later], stream, pruned)
+                for _ in new:
+                    self.advance()
+            self.facts = self.facts.joined(facts)
+            rewrite_sites(self.sparse, new)
+            finished |= new
             with self._timed("calibrate"):
                 self._propagate(segment, stream, pruned)
             release(self.dense, segment.weights)
+            release(self.sparse, segment.weights)
             give_back()
-        return solved
-
-    @property
-    def calibration(self) -> Calibration:
-        """What all segments measured, without the Hessians."""
-        kept = dict.fromkeys(tap for part in self._measured for tap in part.padding_kept)
-        return Calibration(
-            {},
-            {},
-            max((part.batches for part in self._measured), default=0),
-            any(part.padding_excluded for part in self._measured),
-            tuple(kept),
-        )
+        return finished
 
     def _again(self, segment: Segment) -> bool:
         """Whether later segments read what this one computes with its new weights."""
         sequential = self.config.sequential != "none"
         return sequential and bool(segment.sites) and bool(segment.changed)
 
-    def _measure(self, segment: Segment, stream: Stream, pruned: Stream) -> None:
-        """Collect the Hessians of the taps; advance the streams that need no new weights."""
+    def _measure(
+        self, segment: Segment, taps: Sequence[Tap], stream: Stream, pruned: Stream
+    ) -> Facts:
+        """Collect the Hessians of taps; advance the streams that need no new weights."""
         again = self._again(segment)
-        beside = {(site.taps[-1], tap): None for site, tap in segment.beside.items()}
-        taps = (*segment.taps, *segment.beside.values())
-        fetch = tuple(dict.fromkeys(tap.value for tap in taps))
+        beside = {
+            (site.taps[-1], tap): None
+            for site, tap in segment.beside.items()
+            if site in self._pending
+        }
+        fetch = tuple(dict.fromkeys(tap.value for tap in (*taps, *(tap for _, tap in beside))))
         alive = {*segment.alive, *segment.inputs} if again else set(segment.alive)
 
         def run(model: ir.Model, through: Stream, keep: Sequence[str]) -> Iterator[Batch]:
@@ -118,17 +160,18 @@ class Walk:
 
         if pruned is stream:
             batches, dense = run(self.sparse, stream, () if again else segment.outputs), None
-        elif pruned.holds(segment.inputs):
+        elif self.pruned_before or pruned.holds(segment.inputs):
             batches = run(self.sparse, pruned, () if again else segment.changed)
             dense = run(self.dense, stream, segment.outputs)
         else:
             batches, dense = run(self.dense, stream, segment.outputs), None
         measured = calibrate(
-            segment.taps, batches, dense, beside=beside, device=self.device, progress=self.advance
+            taps, batches, dense, beside=beside, device=self.device, progress=self.advance
         )
         self._hessians |= measured.hessians
         self._residuals = measured.residuals
-        self._measured.append(replace(measured, hessians={}, residuals={}))
+        kept = [tap.label for tap in measured.padding_kept]
+        return Facts(measured.batches, measured.padding_excluded, kept)
 
     def _propagate(self, segment: Segment, stream: Stream, pruned: Stream) -> None:
         """Run the segment with its new weights, and drop what no later segment reads."""
@@ -142,21 +185,26 @@ class Walk:
 
     def _solve(self, segment: Segment) -> dict[Site, Solved]:
         """Solve the segment's sites; those that read the same taps share one factorisation."""
-        together: dict[tuple[Tap, ...], list[Site]] = defaultdict(list)
+        together: dict[tuple[tuple[Tap, ...], Pattern], list[Site]] = defaultdict(list)
         for site in segment.sites:
-            together[site.taps].append(site)
+            together[site.taps, self.patterns.get(site, self.config.sparsity)].append(site)
         dense, sparse = stored_slots(self.dense), stored_slots(self.sparse)
         solved: dict[Site, Solved] = {}
-        for taps, members in together.items():
+        for (taps, pattern), members in together.items():
+            config = dataclasses.replace(self.config, sparsity=pattern)
             hessian = combine([self._hessians[tap] for tap in taps])
             layers = {site: self._layer(site, segment, dense, sparse, taps[-1]) for site in members}
-            solved |= solve_sites(layers, hessian, self.config, self.device)
+            solved |= solve_sites(layers, hessian, config, self.device)
             for _ in members:
                 self.advance()
         self._pending -= set(segment.sites)
-        later = {tap for site in self._pending for tap in site.taps}
+        later = self._later()
         self._hessians = {tap: held for tap, held in self._hessians.items() if tap in later}
         return solved
+
+    def _later(self) -> set[Tap]:
+        """Return the taps of sites that are yet to be solved."""
+        return {tap for site in self._pending for tap in site.taps}
 
     def _layer(
         self,
@@ -183,14 +231,7 @@ class Walk:
         self.seconds[what] += time.perf_counter() - started
 
 
-def rewrite_sites(
-    model: ir.Model, solved: Mapping[Site, Solved], surroundings: Mapping[Site, Surroundings]
-) -> None:
+def rewrite_sites(model: ir.Model, finished: Mapping[Site, Finished]) -> None:
     """Put solved weights, and the biases that were moved, into a model, in place."""
-    rewrite(model, {site.initializer: result.stored for site, result in solved.items()})
-    moved = {
-        site: (name, result.bias)
-        for site, result in solved.items()
-        if result.bias is not None and (name := surroundings[site].bias) is not None
-    }
-    rewrite_biases(model, moved)
+    rewrite(model, {site.initializer: item.weight for site, item in finished.items()})
+    rewrite_biases(model, {s: item.bias for s, item in finished.items() if item.bias is not None})

@@ -12,11 +12,13 @@ from iobs_onnx.passes.deploy import (
 )
 from iobs_onnx.passes.emit import masks_of, sparse_bytes, store_sparsely
 from iobs_onnx.passes.files import (
+    bring_into_memory,
     load_model,
     mask_file,
     model_hash,
     require_output,
     save_model,
+    saving,
 )
 from iobs_onnx.passes.find_sites import find_sites
 from iobs_onnx.passes.instrument import instrument
@@ -46,6 +48,7 @@ __all__ = [
     "Surroundings",
     "Violation",
     "achieved_sparsity",
+    "bring_into_memory",
     "channel_axis",
     "check_model",
     "check_pattern",
@@ -72,6 +75,7 @@ __all__ = [
     "rewrite",
     "rewrite_biases",
     "save_model",
+    "saving",
     "sparse_bytes",
     "store_as_integers",
     "store_sparsely",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from iobs_onnx.errors import CheckError, OptionError
 from iobs_onnx.passes.files import save_model
-from iobs_onnx.passes.tensors import stored_slots
+from iobs_onnx.passes.tensors import release, stored_slots
 from iobs_onnx.site import Site
 from iobs_onnx.sparsity import NM, Pattern
 
@@ -66,6 +66,7 @@ def check_pattern(
                 f"{site.shape}; find the sites of the model that is checked"
             )
         count, text = _count(slot.tensor.numpy(), site, pattern)
+        release(model, [site.initializer])
         if count:
             text = f"{name}: tensor {site.initializer!r} is not {pattern}: {text}"
             violations.append(Violation(name, site.initializer, str(pattern), count, text))

@@ -6,7 +6,8 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,25 +82,46 @@ def save_model(
     """Write a model so that its file is either whole or not there.
 
     Initializers of 1 KiB and more go to `<name>.data` beside it when the model was loaded with
-    external data or would exceed protobuf's 2 GB. The data file is packed anew, so nothing of a
-    replaced weight stays in it. `masks` go to `<name>.masks.safetensors`, by the names of stored
-    tensors. All files are written beside their places and then renamed, the model last.
+    external data or would exceed protobuf's 2 GB. They are copied one at a time, and the data
+    file is packed anew, so nothing of a replaced weight stays in it. `masks` go to
+    `<name>.masks.safetensors`, by the names of stored tensors. All files are written beside their
+    places and then renamed, the model last.
 
     Raises:
         OptionError: the folder does not exist or cannot be written, or the output would
             overwrite a file that the model was loaded from.
     """
+    with saving(model, path, masks=masks):
+        pass
+
+
+@contextmanager
+def saving(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    masks: Mapping[str, NDArray[np.bool_]] | None = None,
+) -> Iterator[Path]:
+    """Write a model as :func:`save_model` does, but look at it before it is put in its place.
+
+    Yields:
+        The file, whole, beside its place. An exception leaves nothing behind.
+    """
     target, data, external = _output_files(model, path)
+    model = model.clone()
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             beside, data_beside = Path(folder, target.name), Path(folder, data.name)
             if external:
-                model = model.clone()
                 _externalize(model, folder, data.name)
+            else:
+                bring_into_memory(model)
             beside.write_bytes(protos.to_proto(model).SerializeToString())
             if masks is not None:
                 beside_masks = Path(folder, mask_file(target).name)
                 save_file(dict(masks), beside_masks, {"True": "kept"})
+            yield beside
+            if masks is not None:
                 os.replace(beside_masks, mask_file(target))
             if data_beside.exists():
                 os.replace(data_beside, data)
@@ -112,6 +134,14 @@ def mask_file(path: str | os.PathLike[str]) -> Path:
     """Return where :func:`save_model` puts the masks of a model."""
     target = Path(path).absolute()
     return target.with_name(f"{target.name}.masks.safetensors")
+
+
+def bring_into_memory(model: ir.Model) -> None:
+    """Read every external tensor of a model, in place, so that its files may go."""
+    for slot in slots(model):
+        tensor = slot.tensor
+        if isinstance(tensor, ir.ExternalTensor) and not aside.stays_sparse(slot):
+            slot.put(ir.external_data.convert_tensors_from_external([tensor])[0])
 
 
 def require_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -253,9 +283,7 @@ def _output_files(model: ir.Model, path: str | os.PathLike[str]) -> tuple[Path, 
         raise OptionError(f"output {path}: folder {target.parent} does not exist; create it")
     inline = (slot for slot in slots(model) if not aside.stays_sparse(slot))
     inline_bytes = sum(slot.tensor.nbytes for slot in inline)
-    external = (
-        _origin(model).external or bool(_external_tensors(model)) or inline_bytes > MAX_INLINE_BYTES
-    )
+    external = _origin(model).external or inline_bytes > MAX_INLINE_BYTES
     _forbid_overwriting(model, [target, data] if external else [target])
     return target, data, external
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from iobs_onnx.passes import names, trace
 from iobs_onnx.passes.ops.use import optional
+from iobs_onnx.passes.rewrite import as_tensor
 from iobs_onnx.passes.tensors import stored_slot
 from iobs_onnx.site import Patches, Rows, Site, Tap
 
@@ -47,24 +48,26 @@ def find_surroundings(model: ir.Model, sites: Sequence[Site]) -> dict[Site, Surr
     return found
 
 
-def rewrite_biases(model: ir.Model, biases: Mapping[Site, tuple[str, NDArray[np.generic]]]) -> None:
+def rewrite_biases(
+    model: ir.Model, biases: Mapping[Site, NDArray[np.generic] | ir.TensorProtocol]
+) -> None:
     """Exchange biases, in place; a tensor that others read too stays, and the site gets its own.
 
     Args:
         model: a model of the caller's own.
-        biases: site to the name of its bias and the new values, in stored shape and dtype.
+        biases: site to the new values of its bias, in stored shape and dtype.
     """
     graph = model.graph
     nodes = {names.node_reference(node): node for node in graph}
-    for site, (name, array) in biases.items():
+    for site, values in biases.items():
         adder, index = _bias_operand(nodes[site.nodes[0]], site) or (None, 0)
         assert adder is not None, "only sites with a bias get a new one"
         value = adder.inputs[index]
         assert value is not None
         slot = stored_slot(value)
         assert slot is not None
-        tensor = ir.Tensor(array, dtype=slot.tensor.dtype, name=slot.tensor.name)
-        if len(value.uses()) == 1 and not value.is_graph_output() and value.name == name:
+        tensor = as_tensor(values, slot.tensor)
+        if len(value.uses()) == 1 and not value.is_graph_output():
             slot.put(tensor)
             continue
         own = f"{site.name}.bias"
@@ -72,7 +75,10 @@ def rewrite_biases(model: ir.Model, biases: Mapping[Site, tuple[str, NDArray[np.
             own += "_"
         tensor.name = own
         fresh = ir.Value(
-            name=own, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            name=own,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
         )
         graph.register_initializer(fresh)
         adder.replace_input_with(index, fresh)

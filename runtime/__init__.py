@@ -2,7 +2,7 @@
 
 from iobs_onnx.runtime.audio import AudioSamples, read_audio_config
 from iobs_onnx.runtime.calibrate import Calibration, calibrate
-from iobs_onnx.runtime.data import Data, default_pad_mask, open_data
+from iobs_onnx.runtime.data import Data, default_pad_mask, join, open_data
 from iobs_onnx.runtime.executor import Batch, Store, Stream
 from iobs_onnx.runtime.feeds import Feed
 from iobs_onnx.runtime.images import ImageSamples
@@ -40,6 +40,7 @@ __all__ = [
     "calibrate",
     "default_pad_mask",
     "input_specs",
+    "join",
     "open_data",
     "open_session",
     "read_audio_config",

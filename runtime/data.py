@@ -117,6 +117,46 @@ def open_data(
     return _from_stream(stream(source, inputs, label), split, label)
 
 
+def join(parts: Sequence[Data], judging: Data | None = None) -> Data:
+    """Return several data as one, read one after the other, once.
+
+    Args:
+        parts: calibrate and, without `judging`, hold out.
+        judging: all of it is held out.
+    """
+    if len(parts) == 1 and judging is None:
+        return parts[0]
+    counts = [part.batches for part in parts]
+    known = [count for count in counts if count is not None]
+    joined = Data(batches=sum(known) if len(known) == len(counts) else None)
+    if judging is not None:
+        joined.held_out = list(judging.calibration)
+        joined.held_out_samples = judging.samples
+    else:
+        joined.held_out = _Chained(parts)
+
+    def calibration() -> Iterator[Feed]:
+        for part in parts:
+            yield from part.calibration
+            joined.samples += part.samples
+            joined.held_out_samples += part.held_out_samples
+            joined.notes += part.notes
+
+    joined.calibration = calibration()
+    return joined
+
+
+@dataclass(frozen=True)
+class _Chained:
+    """The held-out feeds of several data, read anew each time."""
+
+    parts: Sequence[Data]
+
+    def __iter__(self) -> Iterator[Feed]:
+        for part in self.parts:
+            yield from part.held_out
+
+
 def default_pad_mask(inputs: Sequence[InputSpec]) -> str | None:
     """Return the name of the input that marks padding with 0, or None if the model has none."""
     return PAD_MASK if any(spec.name == PAD_MASK for spec in inputs) else None

@@ -41,13 +41,13 @@ def test_bias_and_residual(block):
 def test_a_shared_bias_is_parted_and_an_own_one_exchanged(block, run):
     model = load_model(block)
     first, second = find_sites(model).sites
-    rewrite_biases(model, {first: ("b", B + 1)})
+    rewrite_biases(model, {first: B + 1})
     x = np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)
     y = x @ W + (B + 1) + x
     expected = y @ W[::-1].T + B
     np.testing.assert_allclose(run(model, {"x": x})["z"], expected, rtol=1e-4, atol=1e-4)
     names = set(model.graph.initializers)
-    rewrite_biases(model, {second: ("b", B + 2)})  # nobody else reads it any more
+    rewrite_biases(model, {second: B + 2})  # nobody else reads it any more
     assert set(model.graph.initializers) == names
     np.testing.assert_allclose(run(model, {"x": x})["z"], expected + 2, rtol=1e-4, atol=1e-4)
 

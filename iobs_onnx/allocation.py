@@ -1,0 +1,155 @@
+"""Spend one budget of weights where it costs the least layer error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from iobs_onnx.config import PruneConfig
+from iobs_onnx.hessian import Hessian, combine
+from iobs_onnx.layer import solve_stacked
+from iobs_onnx.passes import partition, release, stored_slots
+from iobs_onnx.runtime import Data, calibrate
+from iobs_onnx.segments import Place, prepared
+from iobs_onnx.site import Site, Tap
+from iobs_onnx.solvers import make_solver
+from iobs_onnx.sparsity import Pattern, Unstructured
+
+# Fractions removed at which a site's error is measured.
+GRID = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_BISECTIONS = 60
+
+
+def allocate(
+    dense: ir.Model,
+    sites: Sequence[Site],
+    data: Data,
+    config: PruneConfig,
+    place: Place,
+    device: torch.device,
+) -> dict[Site, Pattern]:
+    """Return the pattern of each site under `allocate error`; nothing under `uniform`.
+
+    Each site's layer error is measured at the fractions of `GRID`, on the dense model's
+    activations, by a quick solver. The sum over the sites is then made as small as the same
+    number of removed weights allows.
+    """
+    if config.allocate == "uniform":
+        return {}
+    removed = 1.0 - config.sparsity.density
+    if not 0.0 < removed < GRID[-1]:
+        return {}
+    curves = survey(dense, sites, data, config, place, device)
+    sizes = np.array([site.groups * site.out_features * site.in_features for site in sites])
+    fractions = spend([curves[site] for site in sites], sizes, removed)
+    return {s: Unstructured(float(f)) for s, f in zip(sites, fractions, strict=True)}
+
+
+def survey(
+    dense: ir.Model,
+    sites: Sequence[Site],
+    data: Data,
+    config: PruneConfig,
+    place: Place,
+    device: torch.device,
+) -> dict[Site, list[float]]:
+    """Return the layer error of each site at the fractions of `GRID`."""
+    model = prepared(dense)
+    stream = place.stream(model, data.calibration, mask_padding=config.mask_padding)
+    hessians: dict[Tap, Hessian] = {}
+    curves: dict[Site, list[float]] = {}
+    for segment in partition(model, sites, budget=place.budget):
+        fetch = tuple(dict.fromkeys(tap.value for tap in segment.taps))
+        session = place.session(model, segment, (*fetch, *segment.outputs), stream)
+        batches = stream.run(
+            session, fetch=fetch, keep=segment.outputs, alive=segment.alive, device=device
+        )
+        hessians |= calibrate(segment.taps, batches, device=device).hessians
+        stored = stored_slots(model)
+        for site in segment.sites:
+            weight = site.to_matrices(stored[site.initializer].tensor.numpy())
+            hessian = combine([hessians[tap] for tap in site.taps])
+            curves[site] = _curve(torch.from_numpy(weight).to(device), hessian, config.damping)
+        stream.release(segment.alive)
+        release(model, segment.weights)
+        later = {tap for site in sites if site not in curves for tap in site.taps}
+        hessians = {tap: held for tap, held in hessians.items() if tap in later}
+    return curves
+
+
+def _curve(weight: torch.Tensor, hessian: Hessian, damping: float) -> list[float]:
+    """Return the error of one site at the fractions of `GRID`, never falling."""
+    solver = make_solver("iobs", "fast")
+    errors = []
+    for fraction in GRID:
+        solutions = [
+            solve_stacked(
+                [matrix],
+                second_moments,
+                pattern=Unstructured(fraction),
+                solver=solver,
+                damping=damping,
+            )[0]
+            for matrix, second_moments in zip(weight, hessian.matrix, strict=True)
+        ]
+        energy = sum(solution.energy for solution in solutions)
+        errors.append(sum(s.excess for s in solutions) / energy if energy > 0 else 0.0)
+    return list(np.maximum.accumulate(errors))
+
+
+def spend(
+    curves: Sequence[Sequence[float]], sizes: NDArray[np.int64], removed: float
+) -> NDArray[np.float64]:
+    """Choose how much of each site to remove so that the sum of errors is least.
+
+    Between points of `GRID` a curve is taken to be straight, and where it is not convex, its
+    lower hull. Then the marginal error of a weight is the same at every site that is not at an
+    end: one bisection on that price finds the fractions.
+
+    Args:
+        curves: errors at `GRID`, one curve a site.
+        sizes: weights of each site.
+        removed: the fraction of all of them to remove.
+
+    Returns:
+        Fractions whose mean, weighted by `sizes`, is `removed` to rounding.
+    """
+    hulls = [_lower_hull(np.array(GRID), np.array(curve)) for curve in curves]
+
+    def bought(price: float) -> NDArray[np.float64]:
+        taken = []
+        for (xs, ys), size in zip(hulls, sizes, strict=True):
+            slopes = np.diff(ys) / np.diff(xs) / size
+            taken.append(xs[int((slopes <= price).sum())])
+        return np.array(taken)
+
+    low, high = 0.0, max(float((np.diff(y) / np.diff(x)).max()) for x, y in hulls) / sizes.min()
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if bought(middle) @ sizes < removed * sizes.sum():
+            low = middle
+        else:
+            high = middle
+    few, many = bought(low), bought(high)
+    # Sites that change between the two prices are on a straight stretch at that very price.
+    missing, spread = removed * sizes.sum() - few @ sizes, (many - few) @ sizes
+    return few + (many - few) * (missing / spread if spread > 0 else 0.0)
+
+
+def _lower_hull(
+    xs: NDArray[np.float64], ys: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the corners of the greatest convex function below the points."""
+    hull: list[tuple[float, float]] = []
+    for x, y in zip(xs, ys, strict=True):
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) <= (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((float(x), float(y)))
+    return np.array([x for x, _ in hull]), np.array([y for _, y in hull])
