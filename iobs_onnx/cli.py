@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from iobs_onnx.commands import bench, pages
-from iobs_onnx.config import PruneConfig, read_toml
+from iobs_onnx.config import PruneConfig, parse_bytes, read_toml
 from iobs_onnx.errors import CheckError, GateError, IobsError, OptionError
 from iobs_onnx.progress import Progress
 
@@ -166,6 +166,15 @@ def _add_inspect(commands: Any) -> None:
     command.set_defaults(run=_inspect)
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument(
+        "--segments", action="store_true", help="list the segments that prune walks instead"
+    )
+    for option in dataclasses.fields(PruneConfig):
+        if option.name in ("sequential", "memory_budget"):
+            flag = "--" + option.name.replace("_", "-")
+            text = f"with --segments: {option.metadata['help'].partition(' (default')[0]}"
+            default = option.default
+            command.add_argument(flag, default=default, help=text, **option.metadata["how"])
 
 
 def _add_verify(commands: Any) -> None:
@@ -220,8 +229,15 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from iobs_onnx.inspection import describe, inspect
+    from iobs_onnx.inspection import describe, inspect, inspect_segments
 
+    if arguments.segments:
+        segments = inspect_segments(
+            arguments.model,
+            sequential=arguments.sequential,
+            memory_budget=parse_bytes(arguments.memory_budget),
+        )
+        return _print_segments(segments, as_json=arguments.json)
     found = inspect(arguments.model)
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
@@ -252,6 +268,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
     console.print(table)
     if found.declined:
         console.print(declined_table(found.as_dict()["declined"]))
+    return 0
+
+
+def _print_segments(segments: Sequence[dict[str, Any]], *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(segments, indent=2, ensure_ascii=False))
+        return 0
+
+    from rich.table import Table
+
+    from iobs_onnx.terminal import make_console
+
+    table = Table(title=f"{len(segments)} segments")
+    for heading in ("nodes", "weights, MB", "reads", "taps", "sites"):
+        table.add_column(heading, overflow="fold")
+    for segment in segments:
+        table.add_row(
+            str(segment["nodes"]),
+            f"{segment['weight_bytes'] / 1e6:.2f}",
+            ", ".join(segment["inputs"]),
+            ", ".join(segment["taps"]),
+            ", ".join(segment["sites"]),
+        )
+    make_console().print(table)
     return 0
 
 

@@ -212,7 +212,7 @@ class PruneConfig:
             value = getattr(self, name)
             globs = (value,) if isinstance(value, str) else tuple(value or ())
             object.__setattr__(self, name, globs)
-        object.__setattr__(self, "memory_budget", _bytes(self.memory_budget))
+        object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget))
         for option in dataclasses.fields(self):
             if "choices" in option.metadata["how"]:
                 self._require_choice(option.name)
@@ -295,8 +295,12 @@ class PruneConfig:
         }
 
 
-def _bytes(size: int | str | None) -> int | None:
-    """Read `2GB`, `500MB`, `64KiB` or a number of bytes."""
+def parse_bytes(size: int | str | None) -> int | None:
+    """Read `2GB`, `500MB`, `64KiB` or a number of bytes.
+
+    Raises:
+        OptionError: it is none of these.
+    """
     if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
         return size
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

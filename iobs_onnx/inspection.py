@@ -10,7 +10,15 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from iobs_onnx.passes import eligibility_2_4, engines_2_4, find_sites, load_model
+from iobs_onnx.passes import (
+    Sequential,
+    eligibility_2_4,
+    engines_2_4,
+    find_sites,
+    load_model,
+    partition,
+    prepare,
+)
 from iobs_onnx.site import Declined, Site
 
 
@@ -40,6 +48,42 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Inspe
     """
     found = find_sites(load_model(model))
     return Inspection(found.sites, found.declined)
+
+
+def inspect_segments(
+    model: str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+    *,
+    sequential: Sequential = "site",
+    memory_budget: int | None = None,
+) -> list[dict[str, Any]]:
+    """Return the segments in which a model is walked, first to last, as JSON types.
+
+    Args:
+        model: as for :func:`inspect`.
+        sequential: as for :func:`iobs_onnx.prune`.
+        memory_budget: bytes of weights and Hessians in a segment; None for no bound.
+
+    Returns:
+        For each its `nodes`, `weight_bytes`, `inputs` and `outputs` (the tensors that pass its two
+        ends), `taps`, and the names of the `sites` solved in it.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    own = load_model(model)
+    sites = find_sites(own).sites
+    prepare(own)
+    return [
+        {
+            "nodes": segment.nodes,
+            "weight_bytes": segment.weight_bytes,
+            "inputs": list(segment.inputs),
+            "outputs": list(segment.outputs),
+            "taps": [tap.label for tap in segment.taps],
+            "sites": [site.name for site in segment.sites],
+        }
+        for segment in partition(own, sites, sequential=sequential, budget=memory_budget)
+    ]
 
 
 def describe(site: Site) -> dict[str, Any]:

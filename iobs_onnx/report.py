@@ -32,6 +32,8 @@ from iobs_onnx.sparsity import Pattern
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+# Below this the smallest eigenvalues of a Hessian are those of the sample, not of the data.
+_ROWS_PER_INPUT = 4
 _PACKAGES = ("iobs-onnx", "onnx", "onnx-ir", "torch", "numpy")
 
 
@@ -276,7 +278,9 @@ def build_report(
         versions={"python": platform.python_version(), **versions},
         runtime=dict(runtime),
         options=config.as_dict(),
-        calibration=calibration,
+        calibration=dataclasses.replace(
+            calibration, notes=[*calibration.notes, *_too_few_rows(sites)]
+        ),
         sites=list(sites),
         declined=[describe_declined(item) for item in declined],
         totals=_totals(sites, declined),
@@ -286,6 +290,19 @@ def build_report(
         verification=list(fidelity),
         seconds=dict(seconds),
     )
+
+
+def _too_few_rows(sites: Sequence[SiteReport]) -> list[str]:
+    """Say which Hessians rest on too few rows to trust: they fit noise of the calibration data."""
+    few = [site for site in sites if site.rows < _ROWS_PER_INPUT * site.in_features]
+    if not few:
+        return []
+    worst = min(few, key=lambda site: site.rows / site.in_features)
+    return [
+        f"{len(few)} of {len(sites)} sites saw fewer than {_ROWS_PER_INPUT} rows (tokens, patches) "
+        f"an input, the least {worst.name!r}: {worst.rows} rows for {worst.in_features} inputs; "
+        "calibrate on more samples"
+    ]
 
 
 def _totals(sites: Sequence[SiteReport], declined: Sequence[Declined]) -> dict[str, Any]:

@@ -179,6 +179,22 @@ def test_inspect_lists_sites_taps_and_rules(toy: Path, capsys) -> None:
     assert "2 sites, 2 taps" in capsys.readouterr().out
 
 
+def test_inspect_shows_the_segments(toy: Path, capsys) -> None:
+    command = ["inspect", str(toy / "toy.onnx"), "--segments"]
+    assert main([*command, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)  # the second site reads the first one
+    assert (first["sites"], second["sites"]) == (["up"], ["down"])
+    assert first["inputs"] == ["x"]
+    assert second["inputs"] == first["outputs"]
+    assert main([*command, "--json", "--sequential", "none"]) == 0
+    (whole,) = json.loads(capsys.readouterr().out)
+    assert whole["sites"] == ["up", "down"]
+    assert whole["weight_bytes"] == first["weight_bytes"] + second["weight_bytes"]
+    assert main([*command, "--memory-budget", "1KB", "--sequential", "none"]) == 0
+    assert "2 segments" in capsys.readouterr().out
+    assert main([*command, "--memory-budget", "much"]) == 2
+
+
 def test_verify_fails_where_the_pattern_does_not_hold(toy: Path, capsys) -> None:
     assert main(["verify", str(toy / "toy.onnx"), "--sparsity", "2:4"]) == 1
     printed = capsys.readouterr().out

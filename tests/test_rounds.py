@@ -212,3 +212,11 @@ def test_the_trace_stands_in_the_report(mlp: Path, tmp_path: Path) -> None:
     assert [set(item) for item in report["rounds"]] == [
         {"round", "batches", "error", "metric", "accepted", "best"}
     ] * 2
+
+
+def test_too_few_rows_are_told(mlp: Path, tmp_path: Path) -> None:
+    """Sixteen inputs: 48 rows are three an input, 231 are enough."""
+    assert prune(mlp, tmp_path / "out.onnx").report.calibration.notes == []
+    (note,) = prune(mlp, tmp_path / "out.onnx", samples=48).report.calibration.notes
+    assert note.startswith("4 of 4 sites saw fewer than 4 rows")
+    assert "'w0': 48 rows for 16 inputs" in note
