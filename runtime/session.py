@@ -89,10 +89,12 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
             "pip uninstall onnxruntime, then pip install 'iobs-onnx[gpu]'"
         )
     source, folder, weights = _source(runtime, model)
-    # Folding and prepacking copy weights, several times over while the session is opened.
-    disabled = [] if folder is None else ["ConstantFolding"]
+    # Folding and prepacking copy weights, several times over while the session is opened. All
+    # models in memory go without, so that two of them round alike wherever their weights lie.
+    lean = isinstance(model, ir.Model)
+    disabled = ["ConstantFolding"] if lean else []
     if available:
-        options = _options(runtime, folder, weights, severity=_ERROR)
+        options = _options(runtime, folder, weights, lean=lean, severity=_ERROR)
         session = _try_cuda(runtime, source, options, disabled)
         if session is not None:
             session.weights = weights
@@ -106,7 +108,7 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
     with _refusals(runtime, f"model {_label(model)}: ONNX Runtime cannot load it"):
         session = runtime.InferenceSession(
             source,
-            _options(runtime, folder, weights),
+            _options(runtime, folder, weights, lean=lean),
             providers=[_CPU],
             enable_fallback=0,
             disabled_optimizers=disabled,
@@ -173,6 +175,7 @@ def _options(
     folder: str | None,
     weights: dict[str, ort.OrtValue],
     *,
+    lean: bool,
     severity: int = _FATAL,
 ) -> ort.SessionOptions:
     options = runtime.SessionOptions()
@@ -183,6 +186,7 @@ def _options(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", folder
         )
+    if lean:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
