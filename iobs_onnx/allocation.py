@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.hessian import Hessian, combine
 from iobs_onnx.layer import solve_stacked
-from iobs_onnx.passes import partition, release, stored_slots
-from iobs_onnx.runtime import Data, calibrate
-from iobs_onnx.segments import Place, prepared
-from iobs_onnx.site import Site, Tap
+from iobs_onnx.passes import stored_slots
+from iobs_onnx.runtime import Data
+from iobs_onnx.segments import Place, keep_only, measure_once, prepared
+from iobs_onnx.site import Site
 from iobs_onnx.solvers import make_solver
 from iobs_onnx.sparsity import Pattern, Unstructured
 
@@ -32,17 +32,15 @@ def allocate(
     place: Place,
     device: torch.device,
 ) -> dict[Site, Pattern]:
-    """Return the pattern of each site under `allocate error`; nothing under `uniform`.
+    """Return the pattern of each site: that of `config`, or under `allocate error` its share.
 
-    Each site's layer error is measured at the fractions of `GRID`, on the dense model's
+    Then each site's layer error is measured at the fractions of `GRID`, on the dense model's
     activations, by a quick solver. The sum over the sites is then made as small as the same
     number of removed weights allows.
     """
-    if config.allocate == "uniform":
-        return {}
     removed = 1.0 - config.sparsity.density
-    if not 0.0 < removed < GRID[-1]:
-        return {}
+    if config.allocate == "uniform" or not 0.0 < removed < GRID[-1]:
+        return dict.fromkeys(sites, config.sparsity)
     curves = survey(dense, sites, data, config, place, device)
     sizes = np.array([site.groups * site.out_features * site.in_features for site in sites])
     fractions = spend([curves[site] for site in sites], sizes, removed)
@@ -59,25 +57,17 @@ def survey(
 ) -> dict[Site, list[float]]:
     """Return the layer error of each site at the fractions of `GRID`."""
     model = prepared(dense)
-    stream = place.stream(model, data.calibration, mask_padding=config.mask_padding)
-    hessians: dict[Tap, Hessian] = {}
+    stored = stored_slots(model)
     curves: dict[Site, list[float]] = {}
-    for segment in partition(model, sites, budget=place.budget):
-        fetch = tuple(dict.fromkeys(tap.value for tap in segment.taps))
-        session = place.session(model, segment, (*fetch, *segment.outputs), stream)
-        batches = stream.run(
-            session, fetch=fetch, keep=segment.outputs, alive=segment.alive, device=device
-        )
-        hessians |= calibrate(segment.taps, batches, device=device).hessians
-        stored = stored_slots(model)
+    walked = measure_once(
+        model, sites, data.calibration, place, device, mask_padding=config.mask_padding
+    )
+    for segment, hessians in walked:
         for site in segment.sites:
             weight = site.to_matrices(stored[site.initializer].tensor.numpy())
             hessian = combine([hessians[tap] for tap in site.taps])
             curves[site] = _curve(torch.from_numpy(weight).to(device), hessian, config.damping)
-        stream.release(segment.alive)
-        release(model, segment.weights)
-        later = {tap for site in sites if site not in curves for tap in site.taps}
-        hessians = {tap: held for tap, held in hessians.items() if tap in later}
+        keep_only(hessians, {tap for site in sites if site not in curves for tap in site.taps})
     return curves
 
 

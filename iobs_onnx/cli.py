@@ -206,7 +206,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     report_dir = options.pop("report_dir", None)
 
     from iobs_onnx.pipeline import prune
-    from iobs_onnx.report import render, require_report_dir
+    from iobs_onnx.report import require_report_dir
+    from iobs_onnx.summary import render
     from iobs_onnx.terminal import Bars, make_console
 
     if report_dir is not None:
@@ -245,7 +246,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from iobs_onnx.report import declined_table
+    from iobs_onnx.summary import declined_table
     from iobs_onnx.terminal import make_console
 
     taps = dict.fromkeys(tap for site in found.sites for tap in site.taps)
@@ -313,7 +314,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from iobs_onnx.report import declined_table
+    from iobs_onnx.summary import declined_table
     from iobs_onnx.terminal import make_console
 
     console = make_console()

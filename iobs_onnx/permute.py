@@ -15,13 +15,11 @@ from iobs_onnx.passes import (
     Chain,
     find_chains,
     load_model,
-    partition,
     permute_channels,
-    release,
     stored_slots,
 )
-from iobs_onnx.runtime import Data, calibrate
-from iobs_onnx.segments import Place, prepared
+from iobs_onnx.runtime import Data
+from iobs_onnx.segments import Place, keep_only, measure_once, prepared
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import make_solver
 from iobs_onnx.solvers.permutation import search_order
@@ -65,19 +63,13 @@ def permuted(
         data.batches = len(data.calibration)
     chains, reasons = find_chains(dense, sites)
     result, records = load_model(dense), []
-    hessians: dict[Tap, Hessian] = {}
     model = prepared(dense)
     wanted = [site for chain in chains for site in chain.sites]
     left = list(chains)
-    stream = place.stream(model, data.calibration, mask_padding=config.mask_padding)
-    for segment in partition(model, wanted, budget=place.budget) if wanted else ():
-        fetch = tuple(dict.fromkeys(tap.value for tap in segment.taps))
-        session = place.session(model, segment, (*fetch, *segment.outputs), stream)
-        batches = stream.run(
-            session, fetch=fetch, keep=segment.outputs, alive=segment.alive, device=device
-        )
-        hessians |= calibrate(segment.taps, batches, device=device).hessians
-        stream.release(segment.alive)
+    walked = measure_once(
+        model, wanted, data.calibration, place, device, mask_padding=config.mask_padding
+    )
+    for _, hessians in walked if wanted else ():
         ready = [c for c in left if all(site.taps[0] in hessians for site in c.sites)]
         for chain in ready:
             order, record = _order(model, chain, hessians, config, device)
@@ -85,9 +77,7 @@ def permuted(
             if record["taken"]:
                 permute_channels(result, chain, order.cpu().numpy())
             left.remove(chain)
-        later = {site.taps[0] for chain in left for site in chain.sites}
-        hessians = {tap: held for tap, held in hessians.items() if tap in later}
-        release(model, segment.weights)
+        keep_only(hessians, {site.taps[0] for chain in left for site in chain.sites})
     records += [_fixed(site, reason) for site, reason in reasons.items()]
     return result, records
 

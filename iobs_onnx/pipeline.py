@@ -40,7 +40,7 @@ from iobs_onnx.rounds import Rounds
 from iobs_onnx.runtime import Data, InputSpec, input_specs, join, open_data
 from iobs_onnx.segments import Place, default_memory_budget
 from iobs_onnx.select import decline, select
-from iobs_onnx.shelf import Shelf
+from iobs_onnx.shelf import Shelf, digest
 from iobs_onnx.site import Candidates
 from iobs_onnx.sources import calibration_source
 
@@ -130,7 +130,9 @@ def prune(
     with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
         shelf = Shelf(folder)
         if work_dir is not None:
-            shelf.claim({**_identity(model, work_dir), "options": config.as_dict()})
+            held_out = None if holdout is None else digest(data.held_out)
+            run = {"options": config.as_dict(), "held-out data": held_out}
+            shelf.claim({**_identity(model, work_dir), **run})
         budget = config.memory_budget or default_memory_budget()
         place = Place(config.provider, budget, Path(spill))
         judge = Judge(dense, data, place, metric)
@@ -145,7 +147,7 @@ def prune(
         if output is None:
             bring_into_memory(sparse)
         form = set_form(sparse, list(finished), config)
-        held = [patterns.get(site, config.sparsity) for site in finished]
+        held = [patterns[site] for site in finished]
         sites = store_quantized(sparse, finished, held)
         written, checker = write(sparse, model, sites, output, config, place.folder)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from iobs_onnx.config import PruneConfig
-from iobs_onnx.errors import CheckError
+from iobs_onnx.errors import DataError, GateError
 from iobs_onnx.judge import Judge, Verdict
 from iobs_onnx.shelf import Finished
 from iobs_onnx.site import Site
@@ -33,8 +33,14 @@ def leave_dense(
         pruned: makes the model in which these sites are sparse.
 
     Raises:
-        CheckError: the bound does not hold even where a single site is sparse.
+        DataError: there is a bound on the error, and nothing was held out to measure it.
+        GateError: the bound does not hold even where a single site is sparse.
     """
+    if config.budget_error is not None and verdict.error is None:
+        raise DataError(
+            f"budget_error {config.budget_error}: no float output was compared on held-out "
+            "samples; give more data, or a metric"
+        )
     if _holds(verdict, config):
         return dict(finished), verdict
     order = sorted(finished, key=lambda site: finished[site].report.layer_error)
@@ -53,7 +59,7 @@ def leave_dense(
         else:
             failing = count
     if best is None:
-        raise CheckError(
+        raise GateError(
             f"{_bound(config)} does not hold even with one sparse site; choose a weaker bound; "
             "nothing was written"
         )

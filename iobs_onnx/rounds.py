@@ -41,7 +41,7 @@ class Rounds:
 
     Attributes:
         dense: the target; unchanged.
-        sites: to prune, and in `patterns` those that do not get the pattern of `config`.
+        sites: to prune, each to its pattern in `patterns`.
         config: the options.
         place: where models run.
         device: where layers are solved.
@@ -148,7 +148,7 @@ class Rounds:
         for what, seconds in walk.seconds.items():
             self.seconds[what] += seconds
         model = self.pruned(finished)
-        patterns = {s.name: self.patterns.get(s, self.config.sparsity) for s in self.sites}
+        patterns = {site.name: self.patterns[site] for site in self.sites}
         if violations := check_pattern(model, self.sites, patterns):
             raise CheckError(violations[0].text)
         return model, finished, walk.facts

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+import torch
 
 from iobs_onnx.errors import DataError
+from iobs_onnx.hessian import Hessian
 from iobs_onnx.memory import give_back
 from iobs_onnx.passes import Segment, instrument, load_model, partition, prepare, release
 from iobs_onnx.runtime import (
@@ -19,11 +21,13 @@ from iobs_onnx.runtime import (
     OutputFidelity,
     Store,
     Stream,
+    calibrate,
     default_pad_mask,
     input_specs,
     open_session,
     session_info,
 )
+from iobs_onnx.site import Site, Tap
 
 # Of the machine's memory: a segment's weights and Hessians, and again as much for activations.
 _SHARE = 4
@@ -79,6 +83,48 @@ class Place:
         session = open_session(instrument(model, made, given), self.provider)
         self.runtime.update(session_info(session))
         return session
+
+
+def measure_once(
+    model: ir.Model,
+    sites: Sequence[Site],
+    feeds: Iterable[Feed],
+    place: Place,
+    device: torch.device,
+    *,
+    mask_padding: bool,
+) -> Iterator[tuple[Segment, dict[Tap, Hessian]]]:
+    """Run a model as it is, and yield after each segment what was measured so far.
+
+    Args:
+        model: from :func:`prepared`.
+        sites: whose taps are measured.
+        feeds: read once.
+        place: where the segments run.
+        device: where Hessians are summed.
+        mask_padding: leave padding out.
+
+    Yields:
+        The segment, and the Hessians; the caller deletes those that it needs no more.
+    """
+    stream = place.stream(model, feeds, mask_padding=mask_padding)
+    hessians: dict[Tap, Hessian] = {}
+    for segment in partition(model, sites, budget=place.budget):
+        fetch = tuple(dict.fromkeys(tap.value for tap in segment.taps))
+        session = place.session(model, segment, (*fetch, *segment.outputs), stream)
+        batches = stream.run(
+            session, fetch=fetch, keep=segment.outputs, alive=segment.alive, device=device
+        )
+        hessians |= calibrate(segment.taps, batches, device=device).hessians
+        stream.release(segment.alive)
+        yield segment, hessians
+        release(model, segment.weights)
+
+
+def keep_only(hessians: dict[Tap, Hessian], taps: Collection[Tap]) -> None:
+    """Delete the Hessians of all other taps."""
+    for tap in [tap for tap in hessians if tap not in taps]:
+        del hessians[tap]
 
 
 def compare(

@@ -81,16 +81,11 @@ class Shelf:
         Raises:
             OptionError: an earlier run read other feeds.
         """
-        digest = hashlib.sha256()
+        hashed = hashlib.sha256()
         for item in feeds:
-            feed, weight = item if isinstance(item, tuple) else (item, 1.0)
-            for key in sorted(feed):
-                array = np.asarray(feed[key])
-                digest.update(f"{key} {array.dtype} {array.shape} {weight!r}".encode())
-                strings = array.dtype.kind in "OSU"
-                digest.update(repr(array.tolist()).encode() if strings else array.tobytes())
+            _hash(hashed, item)
             yield item
-        found = {"sha256": digest.hexdigest()}
+        found = {"sha256": hashed.hexdigest()}
         held = self._read(f"{name}-feeds")
         if held is None:
             self._write(f"{name}-feeds", found)
@@ -187,6 +182,23 @@ class Shelf:
             return None
         content: dict[str, Any] = json.loads(text)
         return content
+
+
+def digest(feeds: Iterable[Feed]) -> str:
+    """Return a SHA-256 of feeds, in hexadecimal."""
+    hashed = hashlib.sha256()
+    for feed in feeds:
+        _hash(hashed, feed)
+    return hashed.hexdigest()
+
+
+def _hash(hashed: hashlib._Hash, item: Feed | tuple[Feed, float]) -> None:
+    feed, weight = item if isinstance(item, tuple) else (item, 1.0)
+    for key in sorted(feed):
+        array = np.asarray(feed[key])
+        hashed.update(f"{key} {array.dtype} {array.shape} {weight!r}".encode())
+        strings = array.dtype.kind in "OSU"
+        hashed.update(repr(array.tolist()).encode() if strings else array.tobytes())
 
 
 def _arrays(solved: Solved) -> dict[str, NDArray[np.generic] | None]:

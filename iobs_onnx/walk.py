@@ -73,7 +73,7 @@ class Walk:
         shelf: takes what is solved, and gives back what a run that was cut off had solved.
         name: of this walk on the shelf.
         surroundings: the biases that may be moved, and the streams that outputs are added to.
-        patterns: of the sites that do not get the one of `config`.
+        patterns: of every site.
         pruned_before: whether `sparse` comes from an earlier round.
         seconds: spent on measuring and on solving.
         facts: about the feeds, complete after the walk.
@@ -187,7 +187,7 @@ class Walk:
         """Solve the segment's sites; those that read the same taps share one factorisation."""
         together: dict[tuple[tuple[Tap, ...], Pattern], list[Site]] = defaultdict(list)
         for site in segment.sites:
-            together[site.taps, self.patterns.get(site, self.config.sparsity)].append(site)
+            together[site.taps, self.patterns[site]].append(site)
         dense, sparse = stored_slots(self.dense), stored_slots(self.sparse)
         solved: dict[Site, Solved] = {}
         for (taps, pattern), members in together.items():

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 import iobs_onnx
 from iobs_onnx.allocation import GRID, spend
-from iobs_onnx.errors import CheckError, OptionError
+from iobs_onnx.errors import GateError, OptionError
 from iobs_onnx.shelf import Shelf
 
 RNG = np.random.default_rng(7)
@@ -83,7 +83,7 @@ def test_a_metric_decides_between_rounds(mlp: Path, tmp_path: Path) -> None:
     assert [item.best for item in rounds] == [True, False, False]
 
 
-def test_rounds_need_feeds_and_a_judge(mlp: Path, tmp_path: Path) -> None:
+def test_rounds_need_feeds(mlp: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="rounds 99: there are only"):
         prune(mlp, tmp_path / "out.onnx", rounds=99)
     assert not list(tmp_path.iterdir())
@@ -110,7 +110,7 @@ def test_sites_are_left_dense_until_the_bound_holds(mlp: Path, tmp_path: Path) -
 
 
 def test_a_bound_that_cannot_hold_writes_nothing(mlp: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckError, match="held-out output error <= 1e-06"):
+    with pytest.raises(GateError, match="held-out output error <= 1e-06"):
         prune(mlp, tmp_path / "out.onnx", budget_error=1e-6)
     assert not list(tmp_path.iterdir())
 
@@ -198,6 +198,10 @@ def test_a_work_dir_belongs_to_one_run(mlp: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="other calibration data"):
         prune(mlp, tmp_path / "b.onnx", work_dir=work, calibration=mlp / "b.npz")
     assert not (tmp_path / "b.onnx").exists()
+    judged = tmp_path / "judged"
+    prune(mlp, tmp_path / "c.onnx", work_dir=judged, holdout=mlp / "b.npz")
+    with pytest.raises(OptionError, match="other held-out data"):
+        prune(mlp, tmp_path / "d.onnx", work_dir=judged, holdout=mlp / "c.npz")
     with pytest.raises(OptionError, match="give the model as a file"):
         iobs_onnx.prune(
             onnx.load(mlp / "mlp.onnx"),
