@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from iobs_onnx.config import PruneConfig
+from iobs_onnx.errors import OptionError
 from iobs_onnx.hessian import Hessian, combine
 from iobs_onnx.layer import solve_stacked
 from iobs_onnx.passes import stored_slots
@@ -24,6 +27,31 @@ GRID = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _BISECTIONS = 60
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """How much of each site is removed, and what that was decided on.
+
+    Attributes:
+        patterns: of each site.
+        curves: each site's layer error at the fractions of `GRID`; empty where all sites share
+            one pattern and nothing was measured.
+    """
+
+    patterns: Mapping[Site, Pattern]
+    curves: Mapping[Site, Sequence[float]] = field(default_factory=dict)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Return JSON types: for each measured site its name, fraction removed and curve."""
+        return [
+            {
+                "site": site.name,
+                "removed": 1.0 - self.patterns[site].density,
+                "curve": [[x, float(y)] for x, y in zip(GRID, curve, strict=True)],
+            }
+            for site, curve in self.curves.items()
+        ]
+
+
 def allocate(
     dense: ir.Model,
     sites: Sequence[Site],
@@ -31,20 +59,29 @@ def allocate(
     config: PruneConfig,
     place: Place,
     device: torch.device,
-) -> dict[Site, Pattern]:
+) -> Allocation:
     """Return the pattern of each site: that of `config`, or under `allocate error` its share.
 
     Then each site's layer error is measured at the fractions of `GRID`, on the dense model's
     activations, by a quick solver. The sum over the sites is then made as small as the same
     number of removed weights allows.
+
+    Raises:
+        OptionError: the fraction lies beyond those of `GRID`.
     """
+    if config.allocate == "uniform":
+        return Allocation(dict.fromkeys(sites, config.sparsity))
     removed = 1.0 - config.sparsity.density
-    if config.allocate == "uniform" or not 0.0 < removed < GRID[-1]:
-        return dict.fromkeys(sites, config.sparsity)
+    if not 0.0 < removed < GRID[-1]:
+        raise OptionError(
+            f"allocate error: errors are measured up to {GRID[-1]:.0%} removed, not at "
+            f"{config.sparsity}; give less, or allocate uniform"
+        )
     curves = survey(dense, sites, data, config, place, device)
     sizes = np.array([site.groups * site.out_features * site.in_features for site in sites])
     fractions = spend([curves[site] for site in sites], sizes, removed)
-    return {s: Unstructured(float(f)) for s, f in zip(sites, fractions, strict=True)}
+    patterns = {s: Unstructured(float(f)) for s, f in zip(sites, fractions, strict=True)}
+    return Allocation(patterns, curves)
 
 
 def survey(

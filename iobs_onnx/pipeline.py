@@ -137,7 +137,8 @@ def prune(
         place = Place(config.provider, budget, Path(spill))
         judge = Judge(dense, data, place, metric)
         start, permutations = permuted(dense, chosen.sites, data, config, place, device)
-        patterns = allocate(start, chosen.sites, data, config, place, device)
+        allocation = allocate(start, chosen.sites, data, config, place, device)
+        patterns = allocation.patterns
         rounds = Rounds(start, chosen.sites, patterns, config, place, device, shelf, judge)
         with progress.stage("prune", rounds.steps(data.batches)) as advance:
             finished, verdict = rounds.run(data, advance)
@@ -164,6 +165,7 @@ def prune(
         declined=[*chosen.declined, *left],
         deployment=describe_deployment(sparse, sites, held, output, data.held_out, config),
         permutations=permutations,
+        allocation=allocation.as_list(),
         rounds=rounds.trace,
         fidelity=verdict.outputs,
         seconds={**rounds.seconds, "total": time.perf_counter() - started},

@@ -202,6 +202,7 @@ class PruneReport:
     totals: dict[str, Any]
     deployment: dict[str, Any]
     permutations: list[dict[str, Any]]
+    allocation: list[dict[str, Any]]
     rounds: list[Round]
     verification: list[OutputFidelity]
     seconds: dict[str, float]
@@ -262,6 +263,7 @@ def build_report(
     declined: Sequence[Declined],
     deployment: Mapping[str, Any],
     permutations: Sequence[Mapping[str, Any]],
+    allocation: Sequence[Mapping[str, Any]],
     rounds: Sequence[Round],
     fidelity: Sequence[OutputFidelity],
     seconds: Mapping[str, float],
@@ -283,6 +285,7 @@ def build_report(
         totals=_totals(sites, declined),
         deployment=dict(deployment),
         permutations=[dict(item) for item in permutations],
+        allocation=[dict(item) for item in allocation],
         rounds=list(rounds),
         verification=list(fidelity),
         seconds=dict(seconds),

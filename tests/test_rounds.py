@@ -134,6 +134,21 @@ def test_allocation_keeps_the_budget_and_spends_it_better(mlp: Path, tmp_path: P
     assert max(fractions) - min(fractions) > 0.01
     totals = [sum(site.layer_error for site in report.sites) for report in (uniform, error)]
     assert totals[1] < totals[0]
+    assert uniform.allocation == []
+    for share, site in zip(error.allocation, error.sites, strict=True):
+        assert share["site"] == site.name
+        assert share["removed"] == pytest.approx(site.sparsity, abs=0.01)
+        assert [x for x, _ in share["curve"]] == list(GRID)
+        # What a quick solver loses on dense activations is near what pruning costs: within 3 times.
+        xs, ys = zip(*share["curve"], strict=True)
+        expected = np.interp(share["removed"], xs, ys)
+        assert expected / 3 < site.layer_error < 3 * expected
+        assert sorted(ys) == list(ys)
+
+
+def test_errors_are_not_measured_beyond_the_grid(mlp: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="up to 95% removed"):
+        prune(mlp, tmp_path / "out.onnx", sparsity=0.97, allocate="error")
 
 
 def test_spend_matches_exhaustive_search() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
@@ -66,6 +67,53 @@ def sparsities(sites: Sequence[Row]) -> Markup:
         for i, site in enumerate(sites, start=1)
     }
     return draw("sparsity", "Share of zeros of each site, by depth", paint, height=190, tips=tips)
+
+
+def allocation(shares: Sequence[Row], sites: Sequence[Row]) -> Markup:
+    """Draw each site's error against the fraction removed, and the fraction chosen for it.
+
+    Sites that were left dense in the end have hollow dots.
+    """
+    rows = {site["name"]: f"#site-{i}" for i, site in enumerate(sites, start=1)}
+    links = [rows.get(share["site"]) for share in shares]
+    curves = [np.array([(x, _shown(y)) for x, y in share["curve"]]) for share in shares]
+    chosen = [share["removed"] for share in shares]
+    # On the line as it is drawn: straight between measured points where heights are roots.
+    heights = [
+        np.interp(x, curve[:, 0], np.sqrt(curve[:, 1])) ** 2
+        for x, curve in zip(chosen, curves, strict=True)
+    ]
+
+    def paint(axes: Axes, narrow: bool) -> None:
+        for curve, link in zip(curves, links, strict=True):
+            (line,) = axes.plot(*curve.T, color=ACCENT, linewidth=1.2, alpha=0.3)
+            line.set_url(link)
+        axes.scatter(
+            chosen,
+            heights,
+            s=_dot(len(shares), narrow),
+            color=[ACCENT if link else PAPER for link in links],
+            edgecolors=ACCENT,
+            linewidths=1.5,
+            zorder=3,
+        ).set_urls(links)
+        axes.set_title("Layer error by fraction removed")
+        # Low errors are where the choice is made: roots give them room, and show zero.
+        axes.set_yscale("function", functions=(np.sqrt, np.square))
+        axes.set_ylim(bottom=0)
+        top = axes.get_ylim()[1]
+        axes.set_yticks([0.0, *_round_numbers(top / 100, top)])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_xlabel("weights removed")
+
+    tips = {
+        link: f"{share['site']}\n{share['removed']:.1%} removed"
+        for share, link in zip(shares, links, strict=True)
+        if link
+    }
+    label = "Layer error of each site by the fraction removed, with the one chosen"
+    return draw("allocation", label, paint, height=360, tips=tips)
 
 
 def ratios(sites: Sequence[Row], compared: str) -> Markup:
@@ -213,13 +261,18 @@ def _log_or_linear(axes: Axes, values: Sequence[float]) -> None:
         axes.set_yscale("log")
         # So wide that a round number lies inside, however near the values are.
         axes.set_ylim(low := min(finite) / 1.6, high := max(finite) * 1.6)
-        parts = (1, 2, 5) if high / low < 1000 else (1,)
-        steps = [part * 10.0**power for power in range(-30, 31) for part in parts]
-        axes.set_yticks([step for step in steps if low <= step <= high])
+        axes.set_yticks(_round_numbers(low, high))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.set_ylim(bottom=0)
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten in a range; only the powers in a wide one."""
+    parts = (1, 2, 5) if high / low < 1000 else (1,)
+    steps = [part * 10.0**power for power in range(-30, 31) for part in parts]
+    return [step for step in steps if low <= step <= high]
 
 
 def _depth(axes: Axes, count: int) -> None:

@@ -30,9 +30,11 @@ def render_report(report: Report) -> str:
     ratios = [site["error_ratio"] for site in sites if site["error_ratio"] is not None]
     trace = report.get("rounds") or []
     trace = trace if len(trace) > 1 else []
+    shares = report.get("allocation") or []
     drawn = {
         "layers": sites and figures.layer_errors(sites, options["solver"], compare),
         "sparsity": sites and figures.sparsities(sites),
+        "allocation": shares and figures.allocation(shares, sites),
         "ratios": ratios and figures.ratios(sites, compare),
         "rounds": trace and figures.rounds(trace),
     }
@@ -40,6 +42,7 @@ def render_report(report: Report) -> str:
         ("summary", "Summary"),
         ("fidelity", "Fidelity"),
         ("layers", "Layers"),
+        *([("allocation", "Allocation")] if shares else []),
         *([("against", f"Against {compare}")] if ratios else []),
         *([("rounds", "Rounds")] if trace else []),
         ("mask", "Masks"),
@@ -55,6 +58,7 @@ def render_report(report: Report) -> str:
             "name": Path(report["model"]["path"] or "model in memory").name,
             "sections": sections,
             "figures": drawn,
+            "left_dense": {s["site"] for s in shares} - {s["name"] for s in sites},
             "better": sum(ratio < 1 for ratio in ratios),
             "compared": len(ratios),
             "warnings": _warnings(report),

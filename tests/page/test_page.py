@@ -136,6 +136,28 @@ def test_rounds_are_drawn_where_there_are_some(report: dict[str, Any]) -> None:
     assert 'id="rounds"' not in render_report(report)
 
 
+def test_allocation_is_drawn_where_it_was_measured(report: dict[str, Any]) -> None:
+    html = render_report(report)
+    assert 'id="allocation"' not in html
+    assert "given the same pattern, 2:4" in Elements(html).text
+    curve = [[0.0, 0.0], [0.5, 0.04], [0.95, 0.36]]
+    names = [report["sites"][0]["name"], "left dense"]
+    report["allocation"] = [
+        {"site": name, "removed": removed, "curve": curve}
+        for name, removed in zip(names, (0.25, 0.5), strict=True)
+    ]
+    report["options"]["sparsity"] = "0.4"
+    html = render_report(report)
+    elements = Elements(html)
+    assert "Together they remove 40.0%." in elements.text
+    assert "given the same pattern" not in elements.text
+    assert "Hollow dots" in elements.text
+    tips = [attrs["data-tip"] for _, attrs in elements.found if "data-tip" in attrs]
+    # A curve and a dot, wide and narrow; what has no row in the table leads nowhere.
+    assert tips.count(f"{names[0]}\n25.0% removed") == 4
+    assert not any(tip.startswith("left dense") for tip in tips)
+
+
 def test_what_is_unknown_is_drawn_all_the_same(report: dict[str, Any]) -> None:
     """NaN is null in JSON; a report may have no comparison, no outputs, no picture, no path."""
     report["verification"] = []
