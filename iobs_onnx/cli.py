@@ -112,8 +112,8 @@ def _add_prune(commands: Any) -> None:
         "--calibration",
         metavar="DATA",
         action="append",
-        help="an .npz, .jsonl or .parquet, a directory of .npz feeds, module:callable, or random; "
-        "may be given more than once",
+        help="an .npz, .jsonl or .parquet, a directory of .npz feeds, module:callable, random, or "
+        "self (text that a language model writes); may be given more than once",
     )
     command.add_argument(
         "--holdout",

@@ -66,6 +66,13 @@ class PruneConfig:
         type=int,
         metavar="N",
     )
+    start_token: int | None = _option(
+        None,
+        "first token of every text that --calibration self writes, where the model was trained to "
+        "see one (default: one drawn for each text)",
+        type=int,
+        metavar="ID",
+    )
     pack: bool = _option(
         False,
         "let texts follow one another in full sequences, without padding",
@@ -140,6 +147,13 @@ class PruneConfig:
         "best metric, or else the lowest held-out error, is written",
         type=int,
         metavar="T",
+    )
+    forgetting_factor: float = _option(
+        0.0,
+        "with --rounds: what earlier rounds measured counts this much in the next, from 0 (not at "
+        "all) to 1 (as much as what is new)",
+        type=float,
+        metavar="F",
     )
     allocate: Literal["uniform", "error"] = _option(
         "uniform",
@@ -221,22 +235,25 @@ class PruneConfig:
             if not isinstance(value := getattr(self, name), str | os.PathLike | None):
                 raise OptionError(f"{name} {value!r}: expected a path")
             object.__setattr__(self, name, None if value is None else os.fspath(value))
-        for name in ("samples", "batch_size", "sequence_length", "rounds", "seed"):
-            self._require_integer(name, least=0 if name == "seed" else 1)
+        for name in ("samples", "batch_size", "sequence_length", "rounds", "start_token", "seed"):
+            self._require_integer(name, least=0 if name in ("start_token", "seed") else 1)
         self._require_numbers()
         for name in ("mask_padding", "residual", "pack"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
 
     def _require_numbers(self) -> None:
-        for name in ("damping", "learning_rate", "bias_compensation", "random_tokens"):
+        shares = ("bias_compensation", "forgetting_factor", "random_tokens")
+        for name in ("damping", "learning_rate", *shares):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value < float("inf"):
                 raise OptionError(f"{name} {value!r}: expected a number of at least 0")
-        for name, least in (("bias_compensation", "at most"), ("random_tokens", "below")):
-            if getattr(self, name) > 1 or (least == "below" and getattr(self, name) == 1):
-                raise OptionError(f"{name} {getattr(self, name)!r}: expected a share {least} 1")
+        for name in shares:
+            value, below = getattr(self, name), name == "random_tokens"
+            if value > 1 or (below and value == 1):
+                most = "below" if below else "at most"
+                raise OptionError(f"{name} {value!r}: expected a share {most} 1")
         for name in ("max_output_error", "budget_error"):
             self._require_bound(name)
         for name in ("mask_padding", "residual", "pack", "permute"):
@@ -254,6 +271,11 @@ class PruneConfig:
             )
         if self.quantize is not None and self.emit == "sparse-initializer":
             raise OptionError("quantize int8: integers are written as dense tensors; emit dense")
+        if self.forgetting_factor and self.rounds == 1:
+            raise OptionError(
+                f"forgetting_factor {self.forgetting_factor}: one round has none before it; give "
+                "rounds"
+            )
         if not isinstance(self.min_metric, int | float | None):
             raise OptionError(f"min_metric {self.min_metric!r}: expected a number")
         if self.min_metric is not None and self.metric is None:
@@ -279,7 +301,7 @@ class PruneConfig:
 
     def _require_integer(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is None and name in ("samples", "batch_size", "sequence_length"):
+        if value is None and name in ("samples", "batch_size", "sequence_length", "start_token"):
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise OptionError(f"{name} {value!r}: expected an integer of at least {least}")

@@ -59,18 +59,25 @@ def combine(hessians: Sequence[Hessian]) -> Hessian:
     rows = sum(hessian.rows for hessian in hessians)
     shares = [hessian.rows / rows for hessian in hessians]
 
-    def mix(parts: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
-        return torch.stack([tensor * share for tensor, share in parts]).sum(0)
-
     drifts = [(h.drift, share) for h, share in zip(hessians, shares, strict=True) if h.drift]
-    drift = None
-    if drifts:
-        drift = Cross(
-            mix([(d.matrix, s) for d, s in drifts]), mix([(d.mean, s) for d, s in drifts])
-        )
-    matrix = mix([(h.matrix, share) for h, share in zip(hessians, shares, strict=True)])
-    mean = mix([(h.mean, share) for h, share in zip(hessians, shares, strict=True)])
-    return Hessian(matrix, rows, mean, drift)
+    return Hessian(
+        _weighted([hessian.matrix for hessian in hessians], shares),
+        rows,
+        _weighted([hessian.mean for hessian in hessians], shares),
+        mix(*zip(*drifts, strict=True)) if drifts else None,
+    )
+
+
+def mix(crosses: Sequence[Cross], shares: Sequence[float]) -> Cross:
+    """Return the weighted sum; one that is left out counts as zero."""
+    return Cross(
+        _weighted([cross.matrix for cross in crosses], shares),
+        _weighted([cross.mean for cross in crosses], shares),
+    )
+
+
+def _weighted(tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    return torch.stack([t * share for t, share in zip(tensors, shares, strict=True)]).sum(0)
 
 
 def dead_inputs(matrix: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from iobs_onnx.segments import Place, default_memory_budget
 from iobs_onnx.select import decline, select
 from iobs_onnx.shelf import Shelf, digest
 from iobs_onnx.site import Candidates
-from iobs_onnx.sources import calibration_source
+from iobs_onnx.sources import calibration_sources
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -88,9 +88,9 @@ def prune(
         sparsity: `"2:4"`, any `"N:M"`, `0.7` or `"70%"`.
         calibration: an `.npz` (input name -> array whose first axis is samples), a directory of
             `.npz` feeds, a `.jsonl` or `.parquet`, `"module:callable"`, an iterable of feeds, a
-            dict of arrays, an ONNX Runtime `CalibrationDataReader`, or `"random"`; or a list of
-            these, which are mixed. None where `text`, `images` or `audio` among the options names
-            the data.
+            dict of arrays, an ONNX Runtime `CalibrationDataReader`, `"random"`, or `"self"` (text
+            that a causal language model writes); or a list of these, which are mixed. None where
+            `text`, `images` or `audio` among the options names the data.
         output: the file to write; nothing is written if anything fails.
         holdout: data that only judge, in any of these forms. Without it a tenth of the calibration
             data, at most 64 samples, is held out.
@@ -119,13 +119,7 @@ def prune(
     if config.quantize is not None:
         require_opset(dense, chosen.sites)
     inputs = input_specs(dense)
-    several = isinstance(calibration, list | tuple) and any(
-        not isinstance(item, Mapping) for item in calibration
-    )
-    sources = [
-        calibration_source(item, config, dense, model, inputs)
-        for item in (calibration if several else [calibration])
-    ]
+    sources = calibration_sources(calibration, config, dense, model, inputs)
     data = _open(sources, holdout, inputs, config)
     with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
         shelf = Shelf(folder)

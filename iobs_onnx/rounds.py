@@ -135,10 +135,9 @@ class Rounds:
             self.device,
             advance,
             self.shelf,
-            f"round-{number}",
+            number,
             surroundings=self.around,
             patterns=self.patterns,
-            pruned_before=bool(start),
         )
         mixed: Iterable[Feed | tuple[Feed, float]] = feeds
         if self.tokens:

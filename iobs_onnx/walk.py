@@ -24,6 +24,7 @@ from iobs_onnx.passes import (
     rewrite_biases,
     stored_slots,
 )
+from iobs_onnx.recall import Recall
 from iobs_onnx.runtime import Batch, Feed, Stream, calibrate
 from iobs_onnx.segments import Place
 from iobs_onnx.shelf import Finished, Shelf
@@ -71,10 +72,9 @@ class Walk:
         device: where Hessians are summed and sites solved.
         advance: called after every batch that is measured and every site that is solved.
         shelf: takes what is solved, and gives back what a run that was cut off had solved.
-        name: of this walk on the shelf.
+        number: of the round, from 1; later ones find `sparse` pruned already.
         surroundings: the biases that may be moved, and the streams that outputs are added to.
         patterns: of every site.
-        pruned_before: whether `sparse` comes from an earlier round.
         seconds: spent on measuring and on solving.
         facts: about the feeds, complete after the walk.
     """
@@ -86,10 +86,9 @@ class Walk:
     device: torch.device
     advance: Callable[[], None]
     shelf: Shelf
-    name: str
+    number: int
     surroundings: Mapping[Site, Surroundings] = field(default_factory=dict)
     patterns: Mapping[Site, Pattern] = field(default_factory=dict)
-    pruned_before: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "solve": 0.0})
     facts: Facts = field(default_factory=Facts)
     _hessians: dict[Tap, Hessian] = field(default_factory=dict)
@@ -105,17 +104,17 @@ class Walk:
             segments: from :func:`iobs_onnx.passes.partition`.
             feeds: read once.
         """
-        feeds = self.shelf.digested(self.name, feeds)
+        feeds = self.shelf.digested(f"round-{self.number}", feeds)
         stream = self.place.stream(self.dense, feeds, mask_padding=self.config.mask_padding)
         pruned = stream.over() if self.config.target == "dense" else stream
         finished: dict[Site, Finished] = {}
         self._pending = {site for segment in segments for site in segment.sites}
         for index, segment in enumerate(segments):
-            name = f"{self.name}-segment-{index:04d}"
+            name = f"round-{self.number}-segment-{index:04d}"
             found = self.shelf.get(name, segment.sites)
             if found is None:
                 with self._timed("calibrate"):
-                    facts = self._measure(segment, segment.taps, stream, pruned)
+                    facts = self._measure(index, segment, segment.taps, stream, pruned)
                 with self._timed("solve"):
                     new = self.shelf.put(name, self._solve(segment), dataclasses.asdict(facts))
             else:
@@ -123,7 +122,8 @@ class Walk:
                 self._pending -= set(new)
                 later = self._later()
                 with self._timed("calibrate"):
-                    self._measure(segment, [t for t in segment.taps if t in later], stream, pruned)
+                    taps = [tap for tap in segment.taps if tap in later]
+                    self._measure(index, segment, taps, stream, pruned)
                 for _ in new:
                     self.advance()
             self.facts = self.facts.joined(facts)
@@ -142,7 +142,7 @@ class Walk:
         return sequential and bool(segment.sites) and bool(segment.changed)
 
     def _measure(
-        self, segment: Segment, taps: Sequence[Tap], stream: Stream, pruned: Stream
+        self, index: int, segment: Segment, taps: Sequence[Tap], stream: Stream, pruned: Stream
     ) -> Facts:
         """Collect the Hessians of taps; advance the streams that need no new weights."""
         again = self._again(segment)
@@ -160,7 +160,7 @@ class Walk:
 
         if pruned is stream:
             batches, dense = run(self.sparse, stream, () if again else segment.outputs), None
-        elif self.pruned_before or pruned.holds(segment.inputs):
+        elif self.number > 1 or pruned.holds(segment.inputs):
             batches = run(self.sparse, pruned, () if again else segment.changed)
             dense = run(self.dense, stream, segment.outputs)
         else:
@@ -168,6 +168,8 @@ class Walk:
         measured = calibrate(
             taps, batches, dense, beside=beside, device=self.device, progress=self.advance
         )
+        recall = Recall(self.shelf.folder, self.number, self.config.forgetting_factor)
+        measured = recall.joined(index, measured)
         self._hessians |= measured.hessians
         self._residuals = measured.residuals
         kept = [tap.label for tap in measured.padding_kept]

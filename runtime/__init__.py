@@ -19,6 +19,7 @@ from iobs_onnx.runtime.session import (
 from iobs_onnx.runtime.table import TableSamples
 from iobs_onnx.runtime.text import TextSamples
 from iobs_onnx.runtime.verify import Fidelity, OutputFidelity
+from iobs_onnx.runtime.written import SelfSamples
 
 __all__ = [
     "AudioSamples",
@@ -32,6 +33,7 @@ __all__ = [
     "OutputFidelity",
     "RandomSamples",
     "Samples",
+    "SelfSamples",
     "Store",
     "Stream",
     "TableSamples",

@@ -83,6 +83,33 @@ def test_a_metric_decides_between_rounds(mlp: Path, tmp_path: Path) -> None:
     assert [item.best for item in rounds] == [True, False, False]
 
 
+def test_rounds_that_forget_nothing_end_where_one_round_on_all_data_does(
+    mlp: Path, tmp_path: Path
+) -> None:
+    """A site that reads the input, full steps: only the Hessian tells the rounds apart."""
+    count = itertools.count()
+    options = {
+        "include": "w0",
+        "learning_rate": 1.0,
+        "damping": 1e-6,  # a damped step stops short of the dense weights
+        "sparsity": "50%",
+        "metric": lambda _: float(next(count)),  # the last round is the best
+        "holdout": mlp / "b.npz",
+    }
+
+    def weight(**more: Any) -> np.ndarray:
+        prune(mlp, tmp_path / "out.onnx", **options, **more)
+        (found,) = [w for w in onnx.load(tmp_path / "out.onnx").graph.initializer if w.name == "w0"]
+        return numpy_helper.to_array(found)
+
+    whole = weight()
+    scale = np.abs(whole).max()
+    assert np.abs(weight(rounds=4, forgetting_factor=1.0) - whole).max() < 1e-4 * scale
+    assert np.abs(weight(rounds=4) - whole).max() > 1e-2 * scale
+    with pytest.raises(OptionError, match=r"forgetting_factor 0\.5: one round has none before it"):
+        weight(forgetting_factor=0.5)
+
+
 def test_rounds_need_feeds(mlp: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="rounds 99: there are only"):
         prune(mlp, tmp_path / "out.onnx", rounds=99)
@@ -177,7 +204,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
     mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off before every file that the run keeps, and after the last."""
-    options = {"rounds": 2, "sparsity": "2:4"}
+    options = {"rounds": 2, "forgetting_factor": 0.5, "sparsity": "2:4"}
     whole = tmp_path / "whole.onnx"
     prune(mlp, whole, work_dir=tmp_path / "whole", **options)
     kept = sorted(path.name for path in (tmp_path / "whole").iterdir())

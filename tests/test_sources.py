@@ -68,8 +68,9 @@ def test_random_data_warn_loudly(model: Path, capsys, caplog) -> None:
     ("flags", "text"),
     [
         ([], "--calibration is missing: give it, or --text, --images or --audio"),
-        (["--calibration", "random", "--text", "a"], "--text and --calibration random: give one"),
-        (["--text", "a", "--images", "b"], "--text and --images: give one"),
+        (["--text", "a", "--images", "b"], "--text and --images: one feed is made of one"),
+        (["--calibration", "self"], "calibration self: no output is a number for each of 30522"),
+        (["--calibration", "random", "--start-token", "1"], "start_token: goes with calibration"),
         (["--text", "a"], "--tokenizer is missing, and no tokenizer.json lies beside the model"),
         (["--images", "a"], "--preprocess is missing"),
         (["--calibration", "random", "--pack"], "pack: goes with text, not with calibration"),
