@@ -16,6 +16,12 @@ from iobs_onnx.runtime.session import InputSpec
 from iobs_onnx.runtime.tokens import DEFAULT_LENGTH, IDS, row_length, token_feed
 
 _SUFFIXES = frozenset({".txt", ".md", ".jsonl"})
+# A SentencePiece model is binary, and does not say which special tokens its model expects.
+_NO_JSON = (
+    "not a tokenizer.json; where it is a SentencePiece model (tokenizer.model), take the "
+    "tokenizer.json that is published with it, or give token ids: --calibration FILE.jsonl with "
+    "a list `input_ids` in each line"
+)
 _PADS = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
 
 
@@ -88,10 +94,11 @@ class _Coder:
     def __init__(self, path: str) -> None:
         library = require("tokenizers", "text", f"text through tokenizer {path}")
         try:
-            content = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"tokenizer {path}: cannot be read as a tokenizer.json"
-            raise DataError(f"{what}: {error}") from error
+            content = Path(path).read_bytes().decode("utf-8")
+        except OSError as error:
+            raise DataError(f"tokenizer {path}: cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"tokenizer {path}: {_NO_JSON}") from error
         try:
             self._tokenizer = library.Tokenizer.from_str(content)
         except Exception as error:  # the library raises this very class for all that is wrong

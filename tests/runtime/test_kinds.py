@@ -111,6 +111,10 @@ def test_text_that_cannot_be_read_is_named(
 
 
 def test_tokenizers_and_inputs_that_do_not_fit_are_named(texts: Path, tokenizer: Path) -> None:
+    binary = texts / "tokenizer.model"
+    binary.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\xff")
+    with pytest.raises(DataError, match=r"SentencePiece model .* give token ids: --calibration"):
+        TextSamples(str(texts), str(binary), BERT)
     with pytest.raises(DataError, match=r"a\.txt: not a tokenizer\.json"):
         TextSamples(str(texts), str(texts / "a.txt"), BERT)
     with pytest.raises(DataError, match=r"absent\.json: cannot be read"):
