@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-optimum corpus fuzz lint types bench docs package screenshots clean
+.PHONY: help demo test test-all test-olive test-optimum corpus fuzz lint types bench docs package screenshots clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ test: lint types $(INSTALLED)  ## lint, type-check and the fast tests
 test-all: lint types $(INSTALLED)  ## the slow tests too
 	$(BIN)/coverage run -m pytest -m ''
 	$(BIN)/coverage report --skip-covered
+
+test-olive: $(INSTALLED)  ## the Olive workflow, after installing Olive; minutes
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[olive]'
+	$(BIN)/pytest tests/integrations/test_olive.py -m ''
 
 test-optimum: .venv-optimum/.installed  ## the Optimum integration, in an environment of its own; minutes
 	.venv-optimum/bin/pytest tests/integrations/test_optimum.py -m '' --log-cli-level=20

@@ -119,8 +119,7 @@ def _write_tokens(folder: Path) -> None:
 def test_the_quickstart(folder: Path, page: str) -> None:
     """What installs, and what `make` does, is tested elsewhere."""
     text = (DOCS / page).read_text()
-    for toml in re.findall(r"^```toml\n# prune.toml\n(.*?)^```", text, re.M | re.S):
-        (folder / "prune.toml").write_text(toml)
+    _write_toml(folder)
     found = [
         command
         for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
@@ -129,3 +128,23 @@ def test_the_quickstart(folder: Path, page: str) -> None:
     assert found
     for command in found:
         run(command, folder)
+
+
+def _write_toml(folder: Path) -> None:
+    """Write the `prune.toml` of the quickstart."""
+    (toml,) = re.findall(r"^```toml\n(.*?)^```", (DOCS / "index.md").read_text(), re.M | re.S)
+    (folder / "prune.toml").write_text(toml)
+
+
+def test_the_workflow_of_github_actions(folder: Path) -> None:
+    """Its steps that call the tool, in order, with the quickstart's `prune.toml`."""
+    import yaml
+
+    _write_toml(folder)
+    workflow = yaml.safe_load((DOCS.parent / "examples/ci/github-actions.yml").read_text())
+    steps = [step.get("run", "") for step in workflow["jobs"]["prune"]["steps"]]
+    commands = [step for step in steps if step.startswith("iobs-onnx")]
+    assert [command.split()[1] for command in commands] == ["prune", "verify"]
+    for command in commands:
+        run(command, folder)
+    assert (folder / "report" / "report.html").is_file()
