@@ -44,17 +44,33 @@ METHODS: dict[str, dict[str, Any]] = {
     "iobs dense target": _DENSE,
     "iobs dense target, residual": {**_DENSE, "residual": True},
     "defaults": {},
+    **{f"defaults, {count} rounds": {"rounds": count} for count in (2, 3, 4, 5)},
+    "defaults, 5 rounds, none forgotten": {"rounds": 5, "forgetting_factor": 1.0},
+    "defaults, allocated": {"allocate": "error"},
+    "defaults, and own text": {"calibration": "self"},
+    # Wu et al., NeurIPS 2024, section 5: small symmetric steps, projected by SparseGPT.
+    "paper's 5 rounds": {"solver": "sparsegpt", "rounds": 5, "learning_rate": 0.01, **_INPUTS},
 }
+
+
+def means_nothing(options: Mapping[str, Any], pattern: str, task: Task) -> bool:
+    """Whether options do not go with a pattern, or a model."""
+    shared_out = options.get("allocate") == "error" and ":" in pattern
+    return shared_out or ("calibration" in options and task.writes is None)
 
 
 def run(task: Task, options: Mapping[str, Any], pattern: str, count: int) -> dict[str, Any]:
     """Prune once and judge; return what a line of the results holds besides its key."""
+    options, calibration = dict(options), [task.calibration(count)]
+    if own := options.pop("calibration", None):
+        calibration.append(own)
+        options |= task.writes or {}
     with tempfile.TemporaryDirectory(prefix="model-quality-") as folder:
         output = Path(folder) / "sparse.onnx"
         started = time.perf_counter()
         result = iobs_onnx.prune(
             task.model,
-            calibration=task.calibration(count),
+            calibration=calibration if own else calibration[0],
             sparsity=pattern,
             output=output,
             **options,
@@ -67,6 +83,7 @@ def run(task: Task, options: Mapping[str, Any], pattern: str, count: int) -> dic
             "sites": totals["sites"],
             "sparsity": totals["sparsity"],
             "layer_error": totals["layer_error_geomean"],
+            "rounds": [[item.error, item.best] for item in result.report.rounds],
         }
 
 
@@ -108,6 +125,8 @@ def _run_task(name: str, arguments: argparse.Namespace) -> None:
     for pattern in arguments.patterns:
         for method in arguments.methods:
             options = METHODS[method]
+            if means_nothing(options, pattern, task):
+                continue
             preset = None if "solver" in options else arguments.preset
             line = {**common, "method": method, "pattern": pattern}
             line |= {"preset": preset, "count": count}

@@ -35,6 +35,9 @@ def render(results: Path, methods: Sequence[str], docs: Path) -> None:
         plotted = _plot(own, methods, image)
         parts += [f"### {task}", "", f"{own[0]['title']}.", "", *_table(own, methods), ""]
         parts += [f"![{task}: metric against method](img/{image.name})", ""] if plotted else []
+        image = docs / "img" / f"quality-{task}-rounds.png"
+        plotted = _plot_rounds(own, image)
+        parts += [f"![{task}: metric against rounds](img/{image.name})", ""] if plotted else []
     page = docs / "benchmarks.md"
     text = page.read_text(encoding="utf8")
     block = "\n".join([_BEGIN, "", *parts, _END])
@@ -90,7 +93,8 @@ def _plot(own: Sequence[Line], methods: Sequence[str], path: Path) -> bool:
     metric = next(iter(own[0]["metric_formats"]))
     usual = max((line["count"] for line in own if line["method"] == "sparsegpt"), default=0)
     runs = [line for line in own if line["count"] == usual and line["preset"] != "fast"]
-    names = [name for name in methods if any(line["method"] == name for line in runs)]
+    drawn_here = [name for name in methods if " rounds" not in name]
+    names = [name for name in drawn_here if any(line["method"] == name for line in runs)]
     if len(names) < 3:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -113,5 +117,38 @@ def _plot(own: Sequence[Line], methods: Sequence[str], path: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def _plot_rounds(own: Sequence[Line], path: Path) -> bool:
+    """Draw the first metric against the number of rounds, a line a pattern; False without runs."""
+    from matplotlib.figure import Figure
+
+    metric = next(iter(own[0]["metric_formats"]))
+    usual = max((line["count"] for line in own if line["method"] == "sparsegpt"), default=0)
+    curves: dict[str, dict[int, float]] = {}
+    for line in own:
+        found = re.fullmatch(r"defaults(?:, (\d+) rounds)?", line["method"])
+        if found and line["count"] == usual and line["preset"] == "balanced":
+            curve = curves.setdefault(line["pattern"], {})
+            curve[int(found[1] or 1)] = line["metrics"][metric]
+    curves = {pattern: curve for pattern, curve in curves.items() if len(curve) > 2}
+    if not curves:
+        return False
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for pattern, curve in curves.items():
+        rounds = sorted(curve)
+        heights = [curve[count] for count in rounds]
+        (drawn,) = axes.plot(rounds, heights, "o-", label=_percent(pattern))
+        best = (min if own[0]["falls"] else max)(rounds, key=curve.__getitem__)
+        axes.plot(best, curve[best], "*", markersize=16, color=drawn.get_color())
+    axes.set_xticks(range(1, 1 + max(max(curve) for curve in curves.values())))
+    axes.set_xlabel("rounds, on as many parts of the same data")
+    axes.set_ylabel(metric)
+    axes.set_title(own[0]["title"].split(",")[0])
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, dpi=110)
     return True

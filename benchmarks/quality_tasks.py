@@ -34,6 +34,7 @@ class Task:
         judge: measures a model.
         metrics: what the judge returns, with the format each is written in.
         falls: whether the first metric is better the lower it is.
+        writes: options with which a language model writes text to calibrate on too.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Task:
     judge: Callable[[Path], dict[str, float]]
     metrics: Mapping[str, str]
     falls: bool = False
+    writes: Mapping[str, int] | None = None
 
 
 def minilm_task(made: Path, shared: Path) -> Task:
@@ -108,6 +110,7 @@ def stories_task(made: Path, shared: Path) -> Task:
         lambda model: {"perplexity": perplexity(model, ids[60:120])},
         {"perplexity": ".3f"},
         falls=True,
+        writes={"start_token": tokenizer.bos_id(), "sequence_length": 256, "samples": 64},
     )
 
 

@@ -6,7 +6,8 @@ A model has one width (hidden 1024, feed-forward 2816, 16 heads, vocabulary 32,0
 RMSNorm, SwiGLU; positions are not encoded, which takes no weights) and as many layers as fill the
 size, in float32. Each is written tensor by tensor, pruned to 2:4 by the command line in a process
 of its own, and deleted. Peak memory is what the operating system counted for that process
-(`ru_maxrss`); its parts, sampled ten times a second, are memory of its own and pages of files.
+(`ru_maxrss`); its parts, sampled ten times a second, are memory of its own and pages of files. Time
+a layer is that of the CPUs, which other work on the machine changes less than the clock.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def write_model(path: Path, layers: int) -> None:
 
 
 def run_measured(command: list[str]) -> dict[str, float]:
-    """Run a command; return its seconds and its peaks of resident memory in bytes.
+    """Run a command; return its seconds, by the clock and of CPUs, and its peaks in bytes.
 
     What the system counts for a child begins at the peak of the process that starts it, which
     must therefore stay small: this one holds one tensor at a time.
@@ -174,7 +175,8 @@ def run_measured(command: list[str]) -> dict[str, float]:
     if status != 0:
         raise SystemExit(f"exit code {os.waitstatus_to_exitcode(status)}: {' '.join(command)}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": seconds, "peak": usage.ru_maxrss * unit, **peaks}
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "peak": usage.ru_maxrss * unit, **peaks}
 
 
 def measure(size: float, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -228,12 +230,13 @@ def main() -> None:
             arguments.json.write_text(json.dumps(results, indent=1))
     options = " ".join(["--memory-budget", arguments.memory_budget, *arguments.options])
     table = Table(title=f"2:4, {options}")
-    for heading in ("model GB", "layers", "peak GB", "own GB", "files GB", "seconds", "a layer"):
+    memory = ("peak GB", "own GB", "files GB")
+    for heading in ("model GB", "layers", *memory, "seconds", "CPU s a layer"):
         table.add_column(heading, justify="right")
     for row in results:
-        memory = [f"{row[name] / GB:.2f}" for name in ("peak", "own", "files")]
-        seconds = (f"{row['seconds']:.0f}", f"{row['seconds'] / row['layers']:.2f}")
-        table.add_row(f"{row['bytes'] / GB:.2f}", str(row["layers"]), *memory, *seconds)
+        peaks = [f"{row[name] / GB:.2f}" for name in ("peak", "own", "files")]
+        seconds = (f"{row['seconds']:.0f}", f"{row['cpu'] / row['layers']:.2f}")
+        table.add_row(f"{row['bytes'] / GB:.2f}", str(row["layers"]), *peaks, *seconds)
     Console(width=100).print(table)
 
 

@@ -50,7 +50,8 @@ def calibration_sources(
         calibration: as :func:`iobs_onnx.prune` takes it, None where an option names the data.
         config: with `text`, `images`, `audio` and the options that go with them.
         model: whose vocabulary bounds random tokens, and that writes its own text.
-        path: of the model, where it has one: `preprocessor_config.json` is looked for beside it.
+        path: the model as it was given; where it is a file, `preprocessor_config.json` and
+            `tokenizer.json` are looked for beside it.
         inputs: of the model.
 
     Raises:
@@ -75,7 +76,7 @@ def calibration_sources(
             found = " and ".join(sorted(given))
             raise OptionError(f"{name}: goes with {' and '.join(kinds)}, not with {found}")
     samples = [_samples(kind, config, path, inputs) for kind in named]
-    return [*samples, *(_opened(item, config, model, inputs) for item in items)]
+    return [*samples, *(_opened(item, config, model, path, inputs) for item in items)]
 
 
 def _kind(item: Any) -> str:
@@ -83,7 +84,9 @@ def _kind(item: Any) -> str:
     return f"calibration {item}" if made else "calibration"
 
 
-def _opened(item: Any, config: PruneConfig, model: ir.Model, inputs: Sequence[InputSpec]) -> Any:
+def _opened(
+    item: Any, config: PruneConfig, model: ir.Model, path: Any, inputs: Sequence[InputSpec]
+) -> Any:
     kind = _kind(item)
     tokens = find_token_input(model)
     if kind == "calibration random":
@@ -93,7 +96,7 @@ def _opened(item: Any, config: PruneConfig, model: ir.Model, inputs: Sequence[In
         if tokens is None:
             raise DataError("calibration self: the model looks up no tokens; give data")
         return SelfSamples(
-            open_session(model, config.provider),
+            open_session(path, config.provider),  # optimised, unlike one of a model in memory
             inputs,
             tokens[1],
             count=config.samples,
