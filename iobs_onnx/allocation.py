@@ -78,10 +78,10 @@ def allocate(
             f"{config.sparsity}; give less, or allocate uniform"
         )
     curves = survey(dense, sites, data, config, place, device)
-    sizes = np.array([site.groups * site.out_features * site.in_features for site in sites])
-    fractions = spend([curves[site] for site in sites], sizes, removed)
-    patterns = {s: Unstructured(float(f)) for s, f in zip(sites, fractions, strict=True)}
-    return Allocation(patterns, curves)
+    sizes = np.array([site.groups * site.out_features * site.in_features for site in curves])
+    fractions = spend(list(curves.values()), sizes, removed)
+    shares = {s: Unstructured(float(f)) for s, f in zip(curves, fractions, strict=True)}
+    return Allocation({**dict.fromkeys(sites, config.sparsity), **shares}, curves)
 
 
 def survey(
@@ -92,8 +92,8 @@ def survey(
     place: Place,
     device: torch.device,
 ) -> dict[Site, list[float]]:
-    """Return the layer error of each site at the fractions of `GRID`."""
-    model = prepared(dense)
+    """Return the layer error of each site that rows reach, at the fractions of `GRID`."""
+    model = prepared(dense, sites)
     stored = stored_slots(model)
     curves: dict[Site, list[float]] = {}
     walked = measure_once(
@@ -102,7 +102,10 @@ def survey(
     for segment, hessians in walked:
         for site in segment.sites:
             weight = site.to_matrices(stored[site.initializer].tensor.numpy())
-            hessian = combine([hessians[tap] for tap in site.taps])
+            reached = [hessians[tap] for tap in site.taps if tap in hessians]
+            if not reached:
+                continue
+            hessian = combine(reached)
             curves[site] = _curve(torch.from_numpy(weight).to(device), hessian, config.damping)
         keep_only(hessians, {tap for site in sites if site not in curves for tap in site.taps})
     return curves

@@ -72,7 +72,7 @@ def inspect_segments(
     """
     own = load_model(model)
     sites = find_sites(own).sites
-    prepare(own)
+    prepare(own, sites)
     return [
         {
             "nodes": segment.nodes,

@@ -63,8 +63,8 @@ def permuted(
         data.batches = len(data.calibration)
     chains, reasons = find_chains(dense, sites)
     result, records = load_model(dense), []
-    model = prepared(dense)
     wanted = [site for chain in chains for site in chain.sites]
+    model = prepared(dense, wanted)
     left = list(chains)
     walked = measure_once(
         model, wanted, data.calibration, place, device, mask_padding=config.mask_padding

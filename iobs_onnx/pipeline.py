@@ -36,7 +36,7 @@ from iobs_onnx.progress import Progress
 from iobs_onnx.quantize import store_quantized
 from iobs_onnx.report import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.restore import leave_dense, reason
-from iobs_onnx.rounds import Rounds
+from iobs_onnx.rounds import UNREACHED, Rounds
 from iobs_onnx.runtime import Data, InputSpec, input_specs, join, open_data
 from iobs_onnx.segments import Place, default_memory_budget
 from iobs_onnx.select import decline, select
@@ -135,8 +135,8 @@ def prune(
         patterns = allocation.patterns
         rounds = Rounds(start, chosen.sites, patterns, config, place, device, shelf, judge)
         with progress.stage("prune", rounds.steps(data.batches)) as advance:
-            finished, verdict = rounds.run(data, advance)
-        finished, verdict = leave_dense(finished, verdict, config, judge, rounds.pruned)
+            reached, verdict = rounds.run(data, advance)
+        finished, verdict = leave_dense(reached, verdict, config, judge, rounds.pruned)
         require_output_error(verdict.outputs, config.max_output_error)
         sparse = rounds.pruned(finished)
         if output is None:
@@ -146,7 +146,11 @@ def prune(
         sites = store_quantized(sparse, finished, held)
         written, checker = write(sparse, model, sites, output, config, place.folder)
 
-    left = [decline(site, reason(config)) for site in chosen.sites if site not in finished]
+    left = [
+        decline(site, reason(config) if site in reached else f"calibration data: {UNREACHED}")
+        for site in chosen.sites
+        if site not in finished
+    ]
     report = build_report(
         config=config,
         model={**describe_file(model), "checker": checker},

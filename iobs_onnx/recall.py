@@ -44,10 +44,12 @@ class Recall:
             return measured
         hessians, residuals = dict(measured.hessians), dict(measured.residuals)
         before = self._file(self.number - 1, segment)
-        if self.number > 1:
+        if before.exists():
             some = next(iter(hessians.values()))
             with safe_open(before, "pt", device=str(some.matrix.device)) as held:
-                for tap, new in measured.hessians.items():
+                # The round before may not have run the body that a tap lies in.
+                known = {tap: h for tap, h in measured.hessians.items() if _held(held, tap, "rows")}
+                for tap, new in known.items():
                     old = _read(held, tap)
                     weighed = dataclasses.replace(old, rows=round(self.factor * old.rows))
                     hessians[tap] = combine([new, weighed])
@@ -86,9 +88,13 @@ def _read(held: Any, tap: Hashable) -> Hessian:
 
 def _read_cross(held: Any, left: Hashable) -> Cross | None:
     """Return it, or None where that round had none: the two streams were the same."""
-    if _key(left, "cross") not in held.keys():  # noqa: SIM118 - not a mapping
+    if not _held(held, left, "cross"):
         return None
     return Cross(held.get_tensor(_key(left, "cross")), held.get_tensor(_key(left, "cross mean")))
+
+
+def _held(held: Any, left: Hashable, what: str) -> bool:
+    return _key(left, what) in held.keys()  # noqa: SIM118 - not a mapping
 
 
 def _key(left: Hashable, what: str) -> str:

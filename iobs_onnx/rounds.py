@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from iobs_onnx.config import PruneConfig
-from iobs_onnx.errors import CheckError, OptionError
+from iobs_onnx.errors import CheckError, DataError, OptionError
 from iobs_onnx.judge import Judge, Verdict
 from iobs_onnx.passes import (
     Surroundings,
@@ -33,6 +33,9 @@ from iobs_onnx.shelf import Finished, Shelf
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.sparsity import Pattern
 from iobs_onnx.walk import Facts, Walk, rewrite_sites
+
+# Why a site in a body of If, Loop or Scan may have no Hessian.
+UNREACHED = "no sample of it runs the body that holds the weight; give data that do"
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Rounds:
 
     def __post_init__(self) -> None:
         self.around = find_surroundings(self.dense, self.sites)
-        self.reference = prepared(self.dense)
+        self.reference = prepared(self.dense, self.sites)
         self.segments = partition(
             self.reference,
             self.sites,
@@ -91,7 +94,10 @@ class Rounds:
     def run(self, data: Data, advance: Callable[[], None]) -> tuple[dict[Site, Finished], Verdict]:
         """Walk as often as the options say; return what is best, and what it is worth.
 
+        Sites that no row of the data reached are left out.
+
         Raises:
+            DataError: no row reached any site.
             OptionError: there are too few feeds for the rounds, or none to judge them by.
             CheckError: a pattern does not hold, or a result is not finite.
         """
@@ -125,7 +131,7 @@ class Rounds:
         feeds: Iterable[Feed],
         advance: Callable[[], None],
     ) -> tuple[ir.Model, dict[Site, Finished], Facts]:
-        working = prepared(self.dense)
+        working = prepared(self.dense, self.sites)
         rewrite_sites(working, start)
         walk = Walk(
             self.reference,
@@ -143,11 +149,14 @@ class Rounds:
         if self.tokens:
             seed = self.config.seed + number - 1
             mixed = with_random_tokens(feeds, *self.tokens, self.config.random_tokens, seed)
-        finished = walk.run(self.segments, mixed)
+        # A site that no row reached in this round stays what it was.
+        finished = {**start, **walk.run(self.segments, mixed)}
+        if not finished:
+            raise DataError(f"calibration data: {UNREACHED}")
         for what, seconds in walk.seconds.items():
             self.seconds[what] += seconds
         model = self.pruned(finished)
-        patterns = {site.name: self.patterns[site] for site in self.sites}
+        patterns = {site.name: self.patterns[site] for site in finished}
         if violations := check_pattern(model, self.sites, patterns):
             raise CheckError(violations[0].text)
         return model, finished, walk.facts

@@ -38,10 +38,10 @@ def default_memory_budget() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE
 
 
-def prepared(model: ir.Model) -> ir.Model:
-    """Return a copy, never to be written, that has every value a tap can read."""
+def prepared(model: ir.Model, sites: Iterable[Site]) -> ir.Model:
+    """Return a copy, never to be written, that has every value that taps of sites read."""
     copy = load_model(model)
-    prepare(copy)
+    prepare(copy, sites)
     return copy
 
 

@@ -127,11 +127,15 @@ class Shelf:
     def get(
         self, name: str, sites: Sequence[Site]
     ) -> tuple[dict[Site, Finished], dict[str, Any]] | None:
-        """Return finished sites and the facts about them; None where there is no such record."""
+        """Return finished sites and the facts about them; None where there is no such record.
+
+        Sites that were not solved, for want of rows, are left out.
+        """
         held = self._read(name)
         if held is None:
             return None
-        return {site: self._finished(name, held["sites"][site.name]) for site in sites}, held[
+        done = [site for site in sites if site.name in held["sites"]]
+        return {site: self._finished(name, held["sites"][site.name]) for site in done}, held[
             "facts"
         ]
 

@@ -98,7 +98,7 @@ class Walk:
     def run(
         self, segments: Sequence[Segment], feeds: Iterable[Feed | tuple[Feed, float]]
     ) -> dict[Site, Finished]:
-        """Walk once; return what each site became.
+        """Walk once; return what each site became, but for those that no row reached.
 
         Args:
             segments: from :func:`iobs_onnx.passes.partition`.
@@ -119,12 +119,12 @@ class Walk:
                     new = self.shelf.put(name, self._solve(segment), dataclasses.asdict(facts))
             else:
                 new, facts = found[0], Facts(**found[1])
-                self._pending -= set(new)
+                self._pending -= set(segment.sites)
                 later = self._later()
                 with self._timed("calibrate"):
                     taps = [tap for tap in segment.taps if tap in later]
                     self._measure(index, segment, taps, stream, pruned)
-                for _ in new:
+                for _ in segment.sites:
                     self.advance()
             self.facts = self.facts.joined(facts)
             rewrite_sites(self.sparse, new)
@@ -194,11 +194,12 @@ class Walk:
         solved: dict[Site, Solved] = {}
         for (taps, pattern), members in together.items():
             config = dataclasses.replace(self.config, sparsity=pattern)
-            hessian = combine([self._hessians[tap] for tap in taps])
-            layers = {site: self._layer(site, segment, dense, sparse, taps[-1]) for site in members}
-            solved |= solve_sites(layers, hessian, config, self.device)
             for _ in members:
                 self.advance()
+            if not (reached := [self._hessians[tap] for tap in taps if tap in self._hessians]):
+                continue  # they lie in a body that never ran
+            layers = {site: self._layer(site, segment, dense, sparse, taps[-1]) for site in members}
+            solved |= solve_sites(layers, combine(reached), config, self.device)
         self._pending -= set(segment.sites)
         later = self._later()
         self._hessians = {tap: held for tap, held in self._hessians.items() if tap in later}

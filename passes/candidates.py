@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from iobs_onnx.passes import names, trace
+from iobs_onnx.passes import trace
 from iobs_onnx.passes.ops import weight_operands
 
 PRUNABLE_DTYPES = frozenset(
@@ -22,7 +22,7 @@ class Candidate:
     Attributes:
         source: an initializer, a Constant's output, or the output of an operator that is not
             followed but computes from constants alone.
-        place: what puts its first node out of reach; empty in the main graph.
+        place: what puts its first node out of reach; empty outside model-local functions.
         nodes: the nodes that multiply by it, in graph order (a dict for its order).
     """
 
@@ -57,11 +57,8 @@ def find_candidates(model: ir.Model, constant: set[ir.Value]) -> list[Candidate]
 
 
 def _placed_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         yield node, ""
-        for body in trace.subgraphs(node):
-            for inner in body.all_nodes():
-                yield inner, f"inside a body of {node.op_type} {names.node_reference(node)!r}"
     for function in model.functions.values():
         for node in function.all_nodes():
             yield node, f"inside the model-local function {function.name}"

@@ -72,7 +72,9 @@ def find_chains(
     for site in sites:
         flood = _Flood(model, site.run)
         try:
-            start = _read(nodes[site.nodes[0]], site)
+            if (node := nodes.get(site.nodes[0])) is None:
+                raise _Fixed(f"{site.nodes[0]!r} is inside a body")
+            start = _read(node, site)
             if start in fixed:
                 raise _Fixed(fixed[start])
             flood.fill(*start)

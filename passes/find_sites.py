@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from iobs_onnx.passes import names, trace
+from iobs_onnx.passes.bodies import Bodies
 from iobs_onnx.passes.candidates import PRUNABLE_DTYPES, Candidate, find_candidates
 from iobs_onnx.passes.follow import INTEGERS, Path
 from iobs_onnx.passes.layout import Layout
 from iobs_onnx.passes.ops import OP_HANDLERS, Use, unsupported, weight_operands
 from iobs_onnx.passes.prepare import tap_value
+from iobs_onnx.passes.tensors import stored_slots
 from iobs_onnx.site import Candidates, Declined, Quantized, Site, Tap
 
 
@@ -24,6 +26,7 @@ class _Uses:
     quantized: Quantized | None
 
 
+_TWICE = "another body stores a tensor of the same name: rename one"
 _WANTED = "only floats, and integers behind DequantizeLinear, are pruned"
 
 
@@ -41,6 +44,7 @@ def find_sites(model: ir.Model) -> Candidates:
     Raises:
         ModelError: for a node that lacks an input which its operator requires.
     """
+    bodies, stored = Bodies.of(model), stored_slots(model)
     constant = trace.constant_values(model.graph)
     for function in model.functions.values():
         constant |= trace.constant_values(function)
@@ -48,25 +52,27 @@ def find_sites(model: ir.Model) -> Candidates:
     sites: list[Site] = []
     declined: list[Declined] = []
     for candidate in find_candidates(model, constant):
-        verdict = _judge(candidate, model, constant)
-        stored = verdict[0] if isinstance(verdict, tuple) else candidate.source
-        name = unique.claim(names.site_name(stored, next(iter(candidate.nodes))))
+        verdict = _judge(candidate, model, constant, bodies)
+        source = verdict[0] if isinstance(verdict, tuple) else candidate.source
+        name = unique.claim(names.site_name(source, next(iter(candidate.nodes))))
         if isinstance(verdict, tuple):
             declined.append(_declined(name, candidate, *verdict))
+        elif stored[source.name or ""].value is not source:
+            declined.append(_declined(name, candidate, source, _TWICE))
         else:
-            sites.append(_site(name, candidate, verdict))
+            sites.append(_site(name, candidate, verdict, bodies))
     return Candidates(tuple(sites), tuple(declined))
 
 
 def _judge(
-    candidate: Candidate, model: ir.Model, constant: set[ir.Value]
+    candidate: Candidate, model: ir.Model, constant: set[ir.Value], bodies: Bodies
 ) -> _Uses | tuple[ir.Value, str]:
     """Return how each node multiplies by the tensor, or the stored tensor and a reason."""
     source = candidate.source
     tensor = trace.stored_tensor(source)
     if tensor is None:
         return _behind(source)
-    if source.graph is not model.graph:
+    if source.graph is not model.graph and source.graph not in bodies.runners:
         return source, candidate.place
     if tensor.dtype not in PRUNABLE_DTYPES | INTEGERS:
         # The operator is the better reason where its dtype follows from it.
@@ -76,7 +82,7 @@ def _judge(
         return source, f"dtype {tensor.dtype.name}: {_WANTED}"
     if 0 in tensor.shape.numpy():
         return source, "empty tensor"
-    uses = _uses(source, tensor, model, constant)
+    uses = _uses(source, tensor, model, constant, bodies)
     return (source, uses) if isinstance(uses, str) else uses
 
 
@@ -93,14 +99,18 @@ def _behind(source: ir.Value) -> tuple[ir.Value, str]:
 
 
 def _uses(
-    source: ir.Value, tensor: ir.TensorProtocol, model: ir.Model, constant: set[ir.Value]
+    source: ir.Value,
+    tensor: ir.TensorProtocol,
+    model: ir.Model,
+    constant: set[ir.Value],
+    bodies: Bodies,
 ) -> _Uses | str:
     """Describe every reader by the layout of the stored tensor, or say what forbids pruning."""
     found = list(trace.readings(source, tensor))
     uses: list[tuple[ir.Node, Use]] = []
     grids: dict[Quantized | None, None] = {}
     for reading in found:
-        if (reason := _foreign(reading, model)) is not None:
+        if (reason := _foreign(reading, model, bodies)) is not None:
             return reason
         node = reading.node
         assert node is not None, "the graph itself is a foreign reader"
@@ -108,6 +118,8 @@ def _uses(
         use = _use(node, reading.index, reading.path)
         if isinstance(use, Use) and _is_constant(use.reads[0].value, constant):
             use = "both operands are constant"
+        if isinstance(use, Use):
+            use = next(filter(None, (bodies.misread(r, node.graph) for r in use.reads)), use)
         if isinstance(use, str):
             return use if len(found) == 1 else f"shared, and at {_called(node)}: {use}"
         uses.append((node, use))
@@ -133,15 +145,15 @@ def _is_constant(value: ir.Value, constant: set[ir.Value]) -> bool:
     return value.is_initializer() or value in constant
 
 
-def _foreign(reading: trace.Reading, model: ir.Model) -> str | None:
+def _foreign(reading: trace.Reading, model: ir.Model, bodies: Bodies) -> str | None:
     """Say who else needs the tensor as it is; None for a reader that multiplies by it."""
     node = reading.node
     if node is None:
         return f"also a graph output, {reading.value.name!r}"
     if isinstance(reading.path, str):
         return reading.path
-    if node.graph is not model.graph:
-        return f"captured by a subgraph, in which {_called(node)} reads it"
+    if (reason := bodies.stuck(node.graph)) is not None:
+        return reason
     if node.op_identifier() in model.functions:
         return (
             f"passed to the model-local function {node.op_type}: "
@@ -150,7 +162,7 @@ def _foreign(reading: trace.Reading, model: ir.Model) -> str | None:
     return None if reading.index in weight_operands(node) else f"also read by {_called(node)}"
 
 
-def _site(name: str, candidate: Candidate, uses: _Uses) -> Site:
+def _site(name: str, candidate: Candidate, uses: _Uses, bodies: Bodies) -> Site:
     tensor = trace.stored_tensor(candidate.source)
     assert tensor is not None, "a site has a stored tensor"
     shape = tuple(tensor.shape.numpy())
@@ -159,8 +171,8 @@ def _site(name: str, candidate: Candidate, uses: _Uses) -> Site:
     view, perm = matrices.view()
     # A dict drops equal taps and keeps their order.
     taps = {
-        Tap(tap_value(read), read.form, inputs): None
-        for _, use in uses.described
+        Tap(bodies.label(tap_value(read), node.graph), read.form, inputs): None
+        for node, use in uses.described
         for read in use.reads
     }
     return Site(

@@ -134,7 +134,11 @@ class _Flow:
 
     def _locate(self, sites: Sequence[Site]) -> None:
         """Find the nodes of every site, and where each of its taps is met last."""
-        position = {names.node_reference(node): i for i, node in enumerate(self.nodes)}
+        position: dict[str, int] = {}
+        for i, node in enumerate(self.nodes):
+            # What a body holds happens where the node that runs it stands.
+            inner = (n for body in trace.subgraphs(node) for n in body.all_nodes())
+            position |= {names.node_reference(n): i for n in (*inner, node)}
         self.uses: dict[int, list[Site]] = defaultdict(list)
         self.solved: dict[int, list[Site]] = defaultdict(list)
         self.tapped: dict[int, list[Tap]] = defaultdict(list)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count
 
 import numpy as np
 import onnx_ir as ir
 
 from iobs_onnx.errors import ModelError
+from iobs_onnx.passes.bodies import bring_out
 from iobs_onnx.passes.ops.recurrent import LENGTHS, RECURRENT, reversed_directions
 from iobs_onnx.passes.ops.use import Read, optional
-from iobs_onnx.site import Rows
+from iobs_onnx.site import Rows, Site
 
 
 def tap_value(read: Read) -> str:
@@ -19,21 +21,22 @@ def tap_value(read: Read) -> str:
     return name if read.padded_by is None else f"{name}/steps of {_name(read.padded_by.outputs[0])}"
 
 
-def prepare(model: ir.Model) -> None:
-    """Give a model the values that taps of recurrent nodes read, in place.
+def prepare(model: ir.Model, sites: Iterable[Site]) -> None:
+    """Give a model the values that taps of recurrent nodes and of bodies read, in place.
 
     Hidden states that a node leaves out get a name. Where a node is given `sequence_lens`, its
-    input and its states get a copy that is zero at the steps that no step reads.
+    input and its states get a copy that is zero at the steps that no step reads. Activations of
+    bodies that sites read become values of the main graph.
 
     Call it on the copy that is instrumented, never on the model that is written.
 
     Raises:
         ModelError: a name is taken by another value.
     """
-    graph = model.graph
-    taken = {value.name for node in graph for value in node.outputs}
-    taken.update(value.name for value in graph.inputs)
-    taken.update(graph.initializers)
+    graphs = (model.graph, *model.graph.subgraphs())
+    taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    taken.update(value.name for graph in graphs for value in graph.inputs)
+    taken.update(name for graph in graphs for name in graph.initializers)
 
     def claim(name: str) -> str:
         if name in taken:
@@ -41,7 +44,7 @@ def prepare(model: ir.Model) -> None:
         taken.add(name)
         return name
 
-    for node in list(graph):
+    for graph, node in [(scope, node) for scope in graphs for node in scope]:
         if node.op_type not in RECURRENT or node.domain != "" or not node.outputs:
             continue
         states = node.outputs[0]
@@ -57,6 +60,7 @@ def prepare(model: ir.Model) -> None:
         for value, ahead in reads:
             name = claim(tap_value(Read(value, Rows(-1), node)))
             graph.insert_after(node, _unpadded(node, value, ahead.astype(np.int64), name))
+    bring_out(model, {tap.value for site in sites for tap in site.taps}, claim)
 
 
 def _name(value: ir.Value) -> str:

@@ -99,22 +99,23 @@ def store_as_integers(model: ir.Model, weights: Mapping[str, Codes]) -> dict[str
         CheckError: there is no such tensor, or its shape differs.
     """
     stored = stored_slots(model)
-    taken = {value.name for node in model.graph for value in node.outputs}
-    taken |= set(model.graph.initializers)
+    taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    taken.update(*(graph.initializers for graph in model.graphs()))
     renamed = {}
     for name, codes in weights.items():
         slot = stored.get(name)
         if slot is None or tuple(slot.tensor.shape.numpy()) != codes.values.shape:
             raise CheckError(f"weight {name!r}: no stored tensor of shape {codes.values.shape}")
         quantized, scale = (_fresh(f"{name}_{part}", taken) for part in ("quantized", "scale"))
-        _exchange(model.graph, slot, codes, quantized, scale)
+        _exchange(slot, codes, quantized, scale)
         renamed[name] = quantized
     return renamed
 
 
-def _exchange(graph: ir.Graph, slot: Slot, codes: Codes, quantized: str, scale: str) -> None:
+def _exchange(slot: Slot, codes: Codes, quantized: str, scale: str) -> None:
     old = slot.value
-    name, tensor = old.name, slot.tensor
+    name, tensor, graph = old.name, slot.tensor, old.graph
+    assert isinstance(graph, ir.Graph), "weights of functions are declined"
     integers = ir.Value(name=quantized, const_value=ir.Tensor(codes.values, name=quantized))
     # Where names of layers are kept: the weight should be found under the one it had.
     integers.metadata_props.update(old.metadata_props)

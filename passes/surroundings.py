@@ -34,7 +34,8 @@ class Surroundings:
 def find_surroundings(model: ir.Model, sites: Sequence[Site]) -> dict[Site, Surroundings]:
     """Return what follows each site that one MatMul, Gemm or Conv multiplies by.
 
-    Sites of which nothing is known are left out: several nodes, other operators, scaled products.
+    Sites of which nothing is known are left out: several nodes, other operators, scaled products,
+    and those in bodies.
 
     Args:
         model: unchanged.
@@ -43,7 +44,8 @@ def find_surroundings(model: ir.Model, sites: Sequence[Site]) -> dict[Site, Surr
     nodes = {names.node_reference(node): node for node in model.graph}
     found = {}
     for site in sites:
-        if len(site.nodes) == 1 and _is_plain(node := nodes[site.nodes[0]], site):
+        node = nodes.get(site.nodes[0])  # None in a body
+        if node is not None and len(site.nodes) == 1 and _is_plain(node, site):
             found[site] = _surroundings(node, site)
     return found
 

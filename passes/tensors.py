@@ -84,10 +84,18 @@ def stored_slot(value: ir.Value) -> Slot | None:
 
 
 def stored_slots(model: ir.Model) -> dict[str, Slot]:
-    """Return the main graph's stored tensors by the name of their value (`Site.initializer`)."""
-    constants = (node.outputs[0] for node in model.graph if node.op_type == "Constant")
-    values = [*model.graph.initializers.values(), *constants]
-    return {value.name or "": slot for value in values if (slot := stored_slot(value)) is not None}
+    """Return stored tensors by the name of their value (`Site.initializer`), bodies included.
+
+    Bodies beside each other may use one name twice; the first has it then, the main graph before
+    all bodies.
+    """
+    found: dict[str, Slot] = {}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        constants = (node.outputs[0] for node in graph if node.op_type == "Constant")
+        for value in (*graph.initializers.values(), *constants):
+            if (slot := stored_slot(value)) is not None:
+                found.setdefault(value.name or "", slot)
+    return found
 
 
 def release(model: ir.Model, names: Iterable[str]) -> None:

@@ -56,7 +56,7 @@ def readings(stored: ir.Value, tensor: ir.TensorProtocol) -> Iterator[Reading]:
         for node, index in value.uses():
             if node.domain == "" and node.op_type in _SHAPE_READERS:
                 continue
-            moved = follow(node, index, path) if node.graph is stored.graph else None
+            moved = follow(node, index, path)
             if isinstance(moved, Path):
                 pending.append((node.outputs[0], moved))
             else:
@@ -81,13 +81,18 @@ def constant_values(graph: ir.Graph | ir.Function) -> set[ir.Value]:
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """Yield the bodies of a control-flow node."""
-    for attribute in node.attributes.values():
+    yield from (body for _, body in named_subgraphs(node))
+
+
+def named_subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """Yield the bodies of a control-flow node, each with the name of its attribute."""
+    for name, attribute in node.attributes.items():
         if attribute.is_ref():
             continue
         if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
+            yield name, attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
+            yield from ((name, body) for body in attribute.as_graphs())
 
 
 def read_values(node: ir.Node) -> Iterator[ir.Value]:

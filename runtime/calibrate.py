@@ -31,7 +31,8 @@ class Calibration:
     """What calibration measured.
 
     Attributes:
-        hessians: one for each tap; `hessians[tap].rows` counts its rows.
+        hessians: one for each tap; `hessians[tap].rows` counts its rows. A tap in a body that no
+            batch ran has none.
         residuals: for a tap and the stream beside it, `(r_d − r_s)ᵀx_s / n` and its mean; absent
             where the two have not the same rows.
         batches: feeds that went through the model.
@@ -119,6 +120,7 @@ class _Collector:
             for tap, other in beside
         }
         self._kept: dict[Tap, None] = {}
+        self._reached: set[Tap] = set()
         self._excluded = False
         self._threads = torch.get_num_threads()
         self._workers = self._threads if device.type == "cpu" else 1
@@ -142,6 +144,7 @@ class _Collector:
                 tap: CrossAccumulator(tap.features, tap.features, tap.groups, self._device)
                 for tap in self._grams
             }
+        self._reached.update(tap for tap in self._grams if batch.values[tap.value].numel())
         keeps = self._keeps(batch)
         for tap, other in list(self._beside):
             if not _same_rows(tap, other, batch):
@@ -179,9 +182,9 @@ class _Collector:
         for tap in self._grams:
             mask = torch.from_numpy(batch.mask)
             keeps[tap] = _matching(mask, batch.values[tap.value], tap)
-            if keeps[tap] is None:
+            if keeps[tap] is None and batch.values[tap.value].numel():
                 self._kept[tap] = None
-            else:
+            elif keeps[tap] is not None:
                 self._excluded = True
         return keeps
 
@@ -219,9 +222,10 @@ class _Collector:
         return jobs
 
     def result(self, batches: int) -> Calibration:
-        hessians = {tap: gram.finish() for tap, gram in self._grams.items()}
+        hessians = {tap: self._grams[tap].finish() for tap in self._grams if tap in self._reached}
         for tap, cross in self._drifts.items():
-            hessians[tap] = replace(hessians[tap], drift=cross.finish())
+            if tap in hessians:
+                hessians[tap] = replace(hessians[tap], drift=cross.finish())
         residuals = {pair: cross.finish() for pair, cross in self._beside.items()}
         return Calibration(hessians, residuals, batches, self._excluded, tuple(self._kept))
 
@@ -254,7 +258,10 @@ def _in_step(
     left: Iterator[torch.Tensor], rows: Iterator[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield both in chunks of equal length; they are cut at different places."""
-    held = torch.cat(list(left), dim=1)
+    chunks = list(left)
+    if not chunks:
+        return
+    held = torch.cat(chunks, dim=1)
     start = 0
     for chunk in rows:
         yield held[:, start : start + chunk.shape[1]], chunk

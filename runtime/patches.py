@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -20,6 +20,9 @@ def read_rows(
 ) -> Iterator[torch.Tensor]:
     """Yield the rows `(groups, n, features)` of a tap, float32, in chunks of bounded size.
 
+    An activation of a loop's body comes stacked, step by step, along one more axis in front; one
+    without elements, of a body that did not run, has no rows.
+
     Args:
         activation: the tap's value, of any floating dtype.
         tap: how to read it.
@@ -30,16 +33,27 @@ def read_rows(
         ModelError: the activation has not the shape that the tap's weight multiplies.
     """
     form = tap.form
+    if not activation.numel():
+        return
     match form:
         case Patches():
-            return _patches(activation, tap, form)
+            for step in _steps(activation, len(form.kernel) + 2):
+                yield from _patches(step, tap, form)
         case TransposedPatches():
-            return _transposed_patches(activation, tap, form)
+            for step in _steps(activation, len(form.kernel) + 2):
+                yield from _transposed_patches(step, tap, form)
         case PreviousStates():
-            return iter([_previous_states(activation, tap, form)])
+            for step in _steps(activation, 4):
+                yield _previous_states(step, tap, form)
         case Stacked():
-            return iter([_stacked(activation, tap, form)])
-    return iter([_vectors(activation, tap, form, keep)])
+            yield _stacked(activation, tap, form)
+        case Rows():
+            yield _vectors(activation, tap, form, keep)
+
+
+def _steps(activation: torch.Tensor, rank: int) -> Iterable[torch.Tensor]:
+    """Yield the activations of rank `rank` that one more axis stacks; otherwise it alone."""
+    return activation if activation.ndim == rank + 1 else [activation]
 
 
 def _vectors(

@@ -179,8 +179,9 @@ def _without_values(model: onnx.ModelProto, changed: Sequence[str]) -> onnx.Mode
         graph.initializer.add(
             name=tensor.values.name, data_type=tensor.values.data_type, dims=tensor.dims
         )
-    stored = [tensor for tensor in graph.initializer if tensor.name in changed]
-    for node in graph.node:
+    graphs = list(_graphs(graph))
+    stored = [tensor for scope in graphs for tensor in scope.initializer if tensor.name in changed]
+    for node in (node for scope in graphs for node in scope.node):
         if node.op_type == "Constant" and node.output[0] in changed:
             [attribute] = node.attribute
             if attribute.name == "sparse_value":

@@ -167,7 +167,51 @@ def _plain(b: _Builder, value: str, shape: list[int], draw: st.DrawFn) -> tuple[
     return b.node(op, [value]), shape
 
 
-_LAYERS: tuple[Callable[..., tuple[str, list[int]]], ...] = (_matmul, _gemm, _conv, _plain)
+def _body(b: _Builder, value: str, shape: list[int], draw: st.DrawFn) -> tuple[str, list[int]]:
+    """A product in a body of If, Loop or Scan, its weight inside or captured."""
+    kind = draw(st.sampled_from(("If", "Loop", "Scan") if b.opset >= 9 else ("If", "Loop")))
+    width = shape[-1] if kind == "Loop" else draw(st.sampled_from((4, 8)))
+    outer = b.nodes
+    form = draw(st.sampled_from(("initializer", "constant", "identity")))
+    # Before IR version 4 initializers of a body are inputs of it, which If has none of.
+    inside = draw(st.booleans()) and (b.ir_version >= 4 or form == "constant")
+    weight = "" if inside else b.tensor(b.weight(shape[-1], width), form)
+    count, b.nodes, tensors = b.name("count"), [], len(b.initializers)
+    state = value if kind == "If" else b.name("state")
+    weight = weight or b.tensor(b.weight(shape[-1], width), form)
+    made = b.node("Tanh", [b.node("MatMul", [state, weight])])
+    inner, b.nodes = b.nodes, outer
+    held, b.initializers = b.initializers[tensors:], b.initializers[:tensors]
+
+    def info(name: str, kind: int = b.elem, dims: list[int] | None = None) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, dims)
+
+    def graph(nodes, inputs, outputs, initializers) -> onnx.GraphProto:
+        return helper.make_graph(nodes, b.name("body"), inputs, outputs, initializers)
+
+    if kind == "If":
+        other = helper.make_node("MatMul", [value, b.tensor(b.weight(shape[-1], width))], [count])
+        branches = [graph(inner, [], [info(made)], held), graph([other], [], [info(count)], [])]
+        then, els = branches if draw(st.booleans()) else branches[::-1]
+        flag = b.tensor(np.array(draw(st.booleans())))
+        return b.node("If", [flag], then_branch=then, else_branch=els), [*shape[:-1], width]
+    if kind == "Scan":
+        run = graph(inner, [info(state, dims=shape)], [info(made)], held)
+        return b.node("Scan", [value], num_scan_inputs=1, body=run), [*shape[:-1], width]
+    boolean, go = onnx.TensorProto.BOOL, b.name("go")
+    inputs = [info(count, onnx.TensorProto.INT64, []), info(go, boolean, []), info(state)]
+    on = helper.make_node("Identity", [go], [f"{go}_on"])
+    run = graph([*inner, on], inputs, [info(f"{go}_on", boolean), info(made)], held)
+    return b.node("Loop", [b.tensor(np.array(2)), "", value], body=run), shape
+
+
+_LAYERS: tuple[Callable[..., tuple[str, list[int]]], ...] = (
+    _matmul,
+    _gemm,
+    _conv,
+    _plain,
+    _body,
+)
 
 
 @st.composite

@@ -83,7 +83,7 @@ def rows_of(site, results):
 
 def tapped(proto: onnx.ModelProto, sites):
     copy = load_model(proto)
-    prepare(copy)
+    prepare(copy, sites.values())
     return instrument(copy, [tap.value for site in sites.values() for tap in site.taps])
 
 
@@ -127,7 +127,7 @@ def test_a_name_that_is_taken_is_refused():
     nodes = [helper.make_node("Relu", ["x"], ["Y_h/output_0"])]
     model = load_model(make(outputs=("", "Y_h"), nodes=nodes)[0])
     with pytest.raises(ModelError, match="'Y_h/output_0': the name is needed for a tap"):
-        prepare(model)
+        prepare(model, [])
 
 
 @pytest.mark.parametrize("kind", ["initializer", "Constant"])

@@ -193,15 +193,18 @@ def test_bodies_are_walked(make):
     ]
     initializers = {"w": SQUARE, "outer": SQUARE, "c": np.array(True)}
     result = found(make(nodes, {"x": [6, 6]}, initializers, ["z"]))
-    assert [site.initializer for site in result.sites] == ["w"]
-    reasons = {(d.initializer, d.reason) for d in result.declined}
-    assert reasons == {
-        ("v", "inside a body of If 'OUT'"),
-        ("outer", "captured by a subgraph, in which MatMul 'O' reads it"),
+    inside, captured, _ = result.sites
+    assert [site.initializer for site in result.sites] == ["v", "outer", "w"]
+    ways = {f"OUT:{a}_branch/IN:{b}_branch" for a in ("then", "else") for b in ("then", "else")}
+    [tap] = inside.taps
+    assert tap.value.removesuffix("/x") in ways
+    assert {tap.value for tap in captured.taps} == {f"{way}/m" for way in ways}
+    # Four copies of the inner body hold a weight of their own; only one can have the name.
+    assert {(d.initializer, d.reason) for d in result.declined} == {
+        ("v", "another body stores a tensor of the same name: rename one")
     }
-    # Four copies of the inner body hold a weight of their own; names stay unique.
     names = [d.name for d in result.declined]
-    assert len(names) == len(set(names)) == 5
+    assert len(names) == len(set(names)) == 3
 
 
 def test_model_local_functions(make):
