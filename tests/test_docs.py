@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -10,9 +11,14 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
+from PIL import Image
 
 from iobs_onnx.config import PruneConfig, make_config
+from iobs_onnx.runtime.images import Preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +49,43 @@ def test_the_toml_of_the_quickstart_is_valid() -> None:
     for name in ("calibration", "output", "report_dir"):
         options.pop(name)
     assert str(make_config(options).sparsity) == "2:4"
+
+
+@pytest.mark.parametrize("page", ["../README.md", "index.md"])
+def test_the_programs_of_the_quickstart_work(
+    page: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=(8, 8)).astype(np.float32), rng.normal(size=(64, 8))
+    tensors = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 8]) for name in "xy"
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "toy",
+        tensors[:1],
+        tensors[1:],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(page, "python")
+    feeds = {"x": x.astype(np.float32)}
+    exec(code, {"feeds": feeds, "weight": weight, "hessian": (x.T @ x / 64).astype(np.float32)})
+    assert 0 < float(capsys.readouterr().out.split()[0]) < 1
+    assert (tmp_path / "sparse.onnx").is_file()
+
+
+def test_the_json_of_the_pages_is_read(tmp_path: Path) -> None:
+    (preprocess,) = blocks("calibration.md", "json")
+    (tmp_path / "p.json").write_text(preprocess)
+    steps = Preprocess.read(str(tmp_path / "p.json"))
+    grey = Image.new("RGB", (300, 224), (63, 127, 255))
+    assert np.allclose(steps.apply(grey)[5, 7], [-0.5, 0, 1])  # (rgb - 127) / 128
+    (step,) = blocks("olive.md", "json")
+    workflow = json.loads((ROOT / "examples/olive/workflow.json").read_text())
+    assert json.loads(f"{{{step}}}") == {"prune": workflow["passes"]["prune"]}
 
 
 @pytest.mark.slow
