@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
-from iobs_onnx.report import PruneReport, geomean
+from iobs_onnx.outcome import outcome
+from iobs_onnx.report import PruneReport
 
 
 def render(report: PruneReport) -> list[RenderableType]:
@@ -50,25 +52,6 @@ def declined_table(declined: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def _sizes(report: PruneReport) -> list[str]:
-    """Say how large the files are, and what a form other than the dense one brought."""
-    out = report.output
-    if out.get("bytes") is None:
-        return []
-    text = f"written as {out['form']}: {out['bytes']:,} bytes, {out['zstd_bytes']:,} with zstd"
-    if report.model.get("bytes") is not None:
-        text += (
-            f"; the dense model takes {report.model['bytes']:,}, {report.model['zstd_bytes']:,} "
-            "with zstd"
-        )
-    lines = [text]
-    if out["left_dense"]:
-        lines.append(f"{len(out['left_dense'])} tensors stay dense: report.json says why")
-    if out["refused"]:
-        lines.append(f"ONNX Runtime does not load this form: {out['refused']}")
-    return lines
-
-
 def _summary(report: PruneReport) -> list[RenderableType]:
     totals, calibration = report.totals, report.calibration
     lines = [
@@ -76,12 +59,6 @@ def _summary(report: PruneReport) -> list[RenderableType]:
         f"({totals['sparsity']:.1%}); geometric mean of layer errors "
         f"{totals['layer_error_geomean']:.4g}"
     ]
-    if totals["nearest_error_geomean"] is not None:
-        count = sum(site.quantized == "int8" for site in report.sites)
-        lines.append(
-            f"{count} weights are int8, with that error; had they been rounded to the nearest, it "
-            f"would be {totals['nearest_error_geomean']:.4g}"
-        )
     if totals["error_ratio_geomean"] is not None:
         lines.append(
             f"layer error {totals['error_ratio_geomean']:.3f} × that of "
@@ -101,14 +78,7 @@ def _summary(report: PruneReport) -> list[RenderableType]:
         )
     if not report.verification:
         lines.append("outputs were not compared: the data leave no sample to hold out")
-    lines += _sizes(report)
-    if report.permutations:
-        taken = [item for item in report.permutations if item["taken"]]
-        gain = geomean([item["after"] / item["before"] for item in taken])
-        lines.append(
-            f"{len(taken)} sets of channels put in another order"
-            + ("" if gain is None else f": {gain:.3f} × the layer error of their readers")
-        )
+    lines += outcome(dataclasses.asdict(report))
     engines = report.deployment
     lines.append(
         f"2:4 kernels: TensorRT takes {engines['tensorrt']} of {totals['sites']} weights and is "

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from iobs_onnx.errors import OptionError
+from iobs_onnx.outcome import outcome
 from iobs_onnx.page import figures
 from iobs_onnx.page.comparison import Comparison
 from iobs_onnx.page.words import breakable, clamp, count_of, duration, option_text, show
@@ -62,6 +63,7 @@ def render_report(report: Report) -> str:
             "better": sum(ratio < 1 for ratio in ratios),
             "compared": len(ratios),
             "warnings": _warnings(report),
+            "outcome": [line[0].upper() + line[1:] for line in outcome(report)],
             "rules": _rules(sites),
             "masks": _masks(sites),
             "declined": _by_reason(report["declined"]),

@@ -184,6 +184,24 @@ def test_warnings_stand_on_top(report: dict[str, Any]) -> None:
         assert said in head
 
 
+def test_what_became_of_the_file_is_told_as_on_the_terminal(report: dict[str, Any]) -> None:
+    text = Elements(render_report(report)).text
+    assert f"Written as dense: {report['output']['bytes']:,} bytes" in text
+    assert "int8" not in text
+    assert "another order" not in text
+    report["totals"] |= {"nearest_error_geomean": 0.25, "layer_error_geomean": 0.125}
+    for site in report["sites"]:
+        site["quantized"] = "int8"
+    report["permutations"] = [
+        {"taken": True, "before": 0.2, "after": 0.1},
+        {"taken": False, "reason": "read by others"},
+    ]
+    text = Elements(render_report(report)).text
+    assert "2 weights are int8" in text
+    assert "would be 0.25 instead of 0.125" in text
+    assert "1 set of channels put in another order: 0.500 ×" in text
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.44, "0.4 s"), (42.4, "42 s"), (185, "3 min 5 s"), (7800, "2 h 10 min"), (None, "–")],
