@@ -41,9 +41,6 @@ def rewrite(
                 f"weight {name!r}: expected {old.dtype.numpy()} {tuple(old.shape.numpy())}, got "
                 f"{new.dtype.numpy()} {tuple(new.shape.numpy())}"
             )
-        if slot.attribute is not None and isinstance(new, ir.ExternalTensor):
-            # ONNX keeps external data for initializers only.
-            (new,) = ir.external_data.convert_tensors_from_external([new])
         exchanges.append((slot, new))
     for slot, tensor in exchanges:
         slot.put(tensor)

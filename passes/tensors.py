@@ -35,6 +35,9 @@ class Slot:
         if self.attribute is None:
             self.value.const_value = tensor
             return
+        if isinstance(tensor, ir.ExternalTensor):
+            # ONNX keeps external data for initializers only.
+            (tensor,) = ir.external_data.convert_tensors_from_external([tensor])
         node = self._node()
         old = node.attributes[self.attribute]
         node.attributes[self.attribute] = ir.AttrTensor(

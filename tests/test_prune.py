@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 import iobs_onnx
 from iobs_onnx.errors import DataError, DependencyError, ModelError, OptionError
-from iobs_onnx.passes import check_pattern, find_sites, load_model
+from iobs_onnx.passes import check_pattern, find_sites, load_model, stored_slots
 from iobs_onnx.pipeline import PruneResult
 from iobs_onnx.progress import Progress
 
@@ -421,3 +421,32 @@ def test_inspect_needs_neither_torch_nor_onnxruntime() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_weights_and_biases_of_constant_nodes(tmp_path: Path) -> None:
+    """Constants hold no external data, in which solved tensors wait: the result is the same."""
+    rng = np.random.default_rng(4)
+    shapes = {"w": (8, 8, 1), "b": (8,), "v": (8, 8, 1), "c": (8,)}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    stored = [numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()]
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Conv", ["r", "v", "c"], ["y"]),
+    ]
+    constants = [helper.make_node("Constant", [], [t.name], value=t) for t in stored]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8, 6])] for name in "xy"
+    )
+    feeds = [{"x": rng.standard_normal((16, 8, 6)).astype(np.float32)} for _ in range(4)]
+    weights = []
+    for held, first in ((stored, []), ([], constants)):
+        graph = helper.make_graph([*first, *nodes], "g", inputs, outputs, held)
+        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        output = tmp_path / "out.onnx"
+        iobs_onnx.prune(proto, calibration=feeds, sparsity="2:4", output=output, provider="cpu")
+        slots = stored_slots(load_model(output))
+        weights.append({name: slots[name].tensor.numpy() for name in arrays})
+    for name, array in arrays.items():
+        assert not np.array_equal(weights[0][name], array.astype(np.float32))
+        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=1e-5, atol=1e-6)
