@@ -15,9 +15,9 @@ from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import OptionError
 from iobs_onnx.hessian import Hessian, combine
 from iobs_onnx.layer import solve_stacked
-from iobs_onnx.passes import stored_slots
+from iobs_onnx.passes import prepare, stored_slots
 from iobs_onnx.runtime import Data
-from iobs_onnx.segments import Place, keep_only, measure_once, prepared
+from iobs_onnx.segments import Place, keep_only, measure_once
 from iobs_onnx.site import Site
 from iobs_onnx.solvers import make_solver
 from iobs_onnx.sparsity import Pattern, Unstructured
@@ -93,7 +93,7 @@ def survey(
     device: torch.device,
 ) -> dict[Site, list[float]]:
     """Return the layer error of each site that rows reach, at the fractions of `GRID`."""
-    model = prepared(dense, sites)
+    model = prepare(dense, sites)
     stored = stored_slots(model)
     curves: dict[Site, list[float]] = {}
     walked = measure_once(

@@ -72,7 +72,7 @@ def inspect_segments(
     """
     own = load_model(model)
     sites = find_sites(own).sites
-    prepare(own, sites)
+    working = prepare(own, sites)
     return [
         {
             "nodes": segment.nodes,
@@ -82,7 +82,7 @@ def inspect_segments(
             "taps": [tap.label for tap in segment.taps],
             "sites": [site.name for site in segment.sites],
         }
-        for segment in partition(own, sites, sequential=sequential, budget=memory_budget)
+        for segment in partition(working, sites, sequential=sequential, budget=memory_budget)
     ]
 
 

@@ -16,10 +16,11 @@ from iobs_onnx.passes import (
     find_chains,
     load_model,
     permute_channels,
+    prepare,
     stored_slots,
 )
 from iobs_onnx.runtime import Data
-from iobs_onnx.segments import Place, keep_only, measure_once, prepared
+from iobs_onnx.segments import Place, keep_only, measure_once
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import make_solver
 from iobs_onnx.solvers.permutation import search_order
@@ -64,7 +65,7 @@ def permuted(
     chains, reasons = find_chains(dense, sites)
     result, records = load_model(dense), []
     wanted = [site for chain in chains for site in chain.sites]
-    model = prepared(dense, wanted)
+    model = prepare(dense, wanted)
     left = list(chains)
     walked = measure_once(
         model, wanted, data.calibration, place, device, mask_padding=config.mask_padding

@@ -25,10 +25,11 @@ from iobs_onnx.passes import (
     find_token_input,
     load_model,
     partition,
+    prepare,
 )
 from iobs_onnx.report import Round
 from iobs_onnx.runtime import Data, Feed, OutputFidelity, with_random_tokens
-from iobs_onnx.segments import Place, prepared
+from iobs_onnx.segments import Place
 from iobs_onnx.shelf import Finished, Shelf
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.sparsity import Pattern
@@ -68,7 +69,7 @@ class Rounds:
 
     def __post_init__(self) -> None:
         self.around = find_surroundings(self.dense, self.sites)
-        self.reference = prepared(self.dense, self.sites)
+        self.reference = prepare(self.dense, self.sites)
         self.segments = partition(
             self.reference,
             self.sites,
@@ -131,7 +132,7 @@ class Rounds:
         feeds: Iterable[Feed],
         advance: Callable[[], None],
     ) -> tuple[ir.Model, dict[Site, Finished], Facts]:
-        working = prepared(self.dense, self.sites)
+        working = prepare(self.dense, self.sites)
         rewrite_sites(working, start)
         walk = Walk(
             self.reference,

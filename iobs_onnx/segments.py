@@ -14,7 +14,7 @@ import torch
 from iobs_onnx.errors import DataError
 from iobs_onnx.hessian import Hessian
 from iobs_onnx.memory import give_back
-from iobs_onnx.passes import Segment, instrument, load_model, partition, prepare, release
+from iobs_onnx.passes import Segment, instrument, partition, release
 from iobs_onnx.runtime import (
     Feed,
     Fidelity,
@@ -36,13 +36,6 @@ _SHARE = 4
 def default_memory_budget() -> int:
     """Return a quarter of the machine's memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE
-
-
-def prepared(model: ir.Model, sites: Iterable[Site]) -> ir.Model:
-    """Return a copy, never to be written, that has every value that taps of sites read."""
-    copy = load_model(model)
-    prepare(copy, sites)
-    return copy
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ def measure_once(
     """Run a model as it is, and yield after each segment what was measured so far.
 
     Args:
-        model: from :func:`prepared`.
+        model: from :func:`iobs_onnx.passes.prepare`.
         sites: whose taps are measured.
         feeds: read once.
         place: where the segments run.

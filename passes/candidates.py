@@ -41,6 +41,7 @@ def find_candidates(model: ir.Model, constant: set[ir.Value]) -> list[Candidate]
     found: dict[ir.Value, Candidate] = {}
     for node, place in _placed_nodes(model):
         is_call = node.op_identifier() in model.functions
+        # Calls are left only where functions cannot be unfolded.
         for index in range(len(node.inputs)) if is_call else weight_operands(node):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -11,10 +12,11 @@ from iobs_onnx.passes import names, trace
 from iobs_onnx.passes.bodies import Bodies
 from iobs_onnx.passes.candidates import PRUNABLE_DTYPES, Candidate, find_candidates
 from iobs_onnx.passes.follow import INTEGERS, Path
+from iobs_onnx.passes.functions import unfolded
 from iobs_onnx.passes.layout import Layout
 from iobs_onnx.passes.ops import OP_HANDLERS, Use, unsupported, weight_operands
 from iobs_onnx.passes.prepare import tap_value
-from iobs_onnx.passes.tensors import stored_slots
+from iobs_onnx.passes.tensors import Slot, stored_slots
 from iobs_onnx.site import Candidates, Declined, Quantized, Site, Tap
 
 
@@ -26,7 +28,6 @@ class _Uses:
     quantized: Quantized | None
 
 
-_TWICE = "another body stores a tensor of the same name: rename one"
 _WANTED = "only floats, and integers behind DequantizeLinear, are pruned"
 
 
@@ -37,6 +38,7 @@ def find_sites(model: ir.Model) -> Candidates:
     several nodes read becomes one site when all of them multiply by it in one orientation.
     Only shapes, dtypes and quantization scales are read: no weight is loaded. Time is linear in
     the graph's size. A tap may name a value that :func:`iobs_onnx.passes.prepare` has yet to make.
+    Model-local functions are unfolded first: weights that are passed to them are found too.
 
     Args:
         model: unchanged by this call.
@@ -44,7 +46,9 @@ def find_sites(model: ir.Model) -> Candidates:
     Raises:
         ModelError: for a node that lacks an input which its operator requires.
     """
-    bodies, stored = Bodies.of(model), stored_slots(model)
+    stored = stored_slots(model)
+    model = unfolded(model) if model.functions else model
+    bodies = Bodies.of(model)
     constant = trace.constant_values(model.graph)
     for function in model.functions.values():
         constant |= trace.constant_values(function)
@@ -57,8 +61,8 @@ def find_sites(model: ir.Model) -> Candidates:
         name = unique.claim(names.site_name(source, next(iter(candidate.nodes))))
         if isinstance(verdict, tuple):
             declined.append(_declined(name, candidate, *verdict))
-        elif stored[source.name or ""].value is not source:
-            declined.append(_declined(name, candidate, source, _TWICE))
+        elif (reason := _elsewhere(source, stored, sites)) is not None:
+            declined.append(_declined(name, candidate, source, reason))
         else:
             sites.append(_site(name, candidate, verdict, bodies))
     return Candidates(tuple(sites), tuple(declined))
@@ -84,6 +88,17 @@ def _judge(
         return source, "empty tensor"
     uses = _uses(source, tensor, model, constant, bodies)
     return (source, uses) if isinstance(uses, str) else uses
+
+
+def _elsewhere(source: ir.Value, stored: Mapping[str, Slot], sites: list[Site]) -> str | None:
+    """Say why a weight of the unfolded model cannot be exchanged in the model by its name."""
+    slot = stored.get(source.name or "")
+    if slot is None:
+        return "inside a model-local function: inline the functions first (onnx.inliner)"
+    twice = slot.tensor is not trace.stored_tensor(source)
+    if twice or any(site.initializer == source.name for site in sites):
+        return "another body stores a tensor of the same name: rename one"
+    return None
 
 
 def _behind(source: ir.Value) -> tuple[ir.Value, str]:

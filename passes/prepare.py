@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes.bodies import bring_out
+from iobs_onnx.passes.functions import unfolded
 from iobs_onnx.passes.ops.recurrent import LENGTHS, RECURRENT, reversed_directions
 from iobs_onnx.passes.ops.use import Read, optional
 from iobs_onnx.site import Rows, Site
@@ -21,18 +22,19 @@ def tap_value(read: Read) -> str:
     return name if read.padded_by is None else f"{name}/steps of {_name(read.padded_by.outputs[0])}"
 
 
-def prepare(model: ir.Model, sites: Iterable[Site]) -> None:
-    """Give a model the values that taps of recurrent nodes and of bodies read, in place.
+def prepare(model: ir.Model, sites: Iterable[Site]) -> ir.Model:
+    """Return a copy of a model that has every value that taps of sites read.
 
-    Hidden states that a node leaves out get a name. Where a node is given `sequence_lens`, its
-    input and its states get a copy that is zero at the steps that no step reads. Activations of
-    bodies that sites read become values of the main graph.
+    Model-local functions are unfolded. Hidden states that a node leaves out get a name. Where a
+    node is given `sequence_lens`, its input and its states get a copy that is zero at the steps
+    that no step reads. Activations of bodies that sites read become values of the main graph.
 
-    Call it on the copy that is instrumented, never on the model that is written.
+    The copy is for instrumenting, never for writing.
 
     Raises:
         ModelError: a name is taken by another value.
     """
+    model = unfolded(model)
     graphs = (model.graph, *model.graph.subgraphs())
     taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
     taken.update(value.name for graph in graphs for value in graph.inputs)
@@ -61,6 +63,7 @@ def prepare(model: ir.Model, sites: Iterable[Site]) -> None:
             name = claim(tap_value(Read(value, Rows(-1), node)))
             graph.insert_after(node, _unpadded(node, value, ahead.astype(np.int64), name))
     bring_out(model, {tap.value for site in sites for tap in site.taps}, claim)
+    return model
 
 
 def _name(value: ir.Value) -> str:

@@ -234,6 +234,38 @@ def test_a_branch_that_no_sample_takes_is_declined():
         pruned(proto, feeds, include=["v"])
 
 
+def test_weights_passed_to_functions():
+    """Two calls of one function, which calls another, are the nodes that they stand for."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    product = [node("MatMul", "ab", "m"), node("Tanh", "m", "t")]
+    inner = helper.make_function("my", "Product", ["a", "b"], ["t"], product, opsets)
+    call = helper.make_node("Product", ["a", "b"], ["p"], "in", domain="my")
+    calls = [call, node("Add", "pc", "q")]
+    outer = helper.make_function("my", "Layer", ["a", "b", "c"], ["q"], calls, opsets)
+    weights = {"w": array(8, 8), "v": array(8, 8, seed=2), "c": array(8, seed=3)}
+    layers = [
+        helper.make_node("Layer", ["x", "w", "c"], ["h"], "first", domain="my"),
+        helper.make_node("Layer", ["h", "v", "c"], ["y"], "second", domain="my"),
+    ]
+    folded = model(layers, [info("x", shape=[20, 8])], "y", weights)
+    folded.functions.extend([inner, outer])
+    folded.opset_import.append(opsets[1])
+    nodes = [
+        node("MatMul", "xw", "m"),
+        node("Tanh", "m", "t"),
+        node("Add", "tc", "h"),
+        node("MatMul", "hv", "n"),
+        node("Tanh", "n", "u"),
+        node("Add", "uc", "y"),
+    ]
+    flat_proto = model(nodes, [info("x", shape=[20, 8])], "y", weights)
+    feeds = [{"x": x} for x in array(3, 20, 8, seed=4)]
+    options = {"sequential": "site", "target": "dense", "solver": "iobs"}
+    found = pruned(folded, feeds, **options)
+    assert [f.name for f in found.model.functions.values()] == ["Product", "Layer"]
+    assert_alike(weights_of(found), weights_of(pruned(flat_proto, feeds, **options)))
+
+
 def test_what_cannot_be_brought_out_is_declined():
     nodes, weights, shape = LAYERS["MatMul"]
     zero = body([node("Constant", "", "z", value_float=0.0)], [info("z")])

@@ -82,8 +82,7 @@ def rows_of(site, results):
 
 
 def tapped(proto: onnx.ModelProto, sites):
-    copy = load_model(proto)
-    prepare(copy, sites.values())
+    copy = prepare(load_model(proto), sites.values())
     return instrument(copy, [tap.value for site in sites.values() for tap in site.taps])
 
 

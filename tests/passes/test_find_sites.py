@@ -217,6 +217,11 @@ def test_model_local_functions(make):
     function = helper.make_function("local", "Linear", ["a", "u"], ["b"], body, opset)
     call = helper.make_node("Linear", ["x", "w"], ["y"], domain="local")
     proto = make([call], {"x": [5, 6]}, {"w": SQUARE}, ["y"], functions=[function])
+    [inside] = found(proto).declined
+    assert inside.reason.startswith("inside a model-local function: inline the functions first")
+    # What cannot be unfolded keeps its calls.
+    function.opset_import[0].version = 16
+    proto = make([call], {"x": [5, 6]}, {"w": SQUARE}, ["y"], functions=[function])
     passed, inside = found(proto).declined
     assert passed.reason.startswith("passed to the model-local function Linear: inline")
     assert inside.reason == "inside the model-local function Linear"
