@@ -14,13 +14,14 @@ import torch
 from iobs_onnx.errors import DataError
 from iobs_onnx.hessian import Hessian
 from iobs_onnx.memory import give_back
-from iobs_onnx.passes import Segment, instrument, partition, release
+from iobs_onnx.passes import Segment, instrument, partition, release, widen
 from iobs_onnx.runtime import (
     Feed,
     Fidelity,
     OutputFidelity,
     Store,
     Stream,
+    available_providers,
     calibrate,
     default_pad_mask,
     input_specs,
@@ -73,7 +74,10 @@ class Place:
         if not made:
             return None
         given = stream.kinds(segment.inputs)
-        session = open_session(instrument(model, made, given), self.provider)
+        part = instrument(model, made, given)
+        if self.provider == "cpu" or "CUDAExecutionProvider" not in available_providers():
+            widen(part)  # the CPU has no kernels for bfloat16
+        session = open_session(part, self.provider)
         self.runtime.update(session_info(session))
         return session
 

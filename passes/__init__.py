@@ -36,6 +36,7 @@ from iobs_onnx.passes.sizes import Sizes, model_sizes
 from iobs_onnx.passes.surroundings import Surroundings, find_surroundings, rewrite_biases
 from iobs_onnx.passes.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.tokens import find_token_input
+from iobs_onnx.passes.widen import widen
 
 __all__ = [
     "Chain",
@@ -82,4 +83,5 @@ __all__ = [
     "stored_slots",
     "trtexec_command",
     "why_not_integers",
+    "widen",
 ]

@@ -90,7 +90,7 @@ def _is_plain(node: ir.Node, site: Site) -> bool:
     """Whether the output is the weight times the tap's rows, with the outputs last (Conv: 2nd)."""
     if node.domain != "" or site.groups != 1:
         return False
-    form, weight = site.taps[0].form, node.inputs[1]
+    form, weight = site.taps[0].form, optional(node, 1)
     if node.op_type == "MatMul" and (len(site.shape) != 2 or site.view is not None):
         return False  # a stack of matrices, perhaps
     if weight is None or trace.stored_source(weight).name != site.initializer:

@@ -1,5 +1,6 @@
 """`--permute`: the model computes the same, and the layers lose less."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,22 @@ def reorder(path: Path, feeds: Feeds, scratch: Path) -> list[dict]:
     expected = outputs(path, feeds[0])
     found = outputs(scratch / "permuted.onnx", feeds[0])
     # Sums in another order: rounding of float32 over the layers that follow.
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    change, largest = np.abs(found - expected).max(), np.abs(expected).max()
+    assert change <= 1e-5 * largest
+    ratios = [r["after"] / r["before"] if r["taken"] else 1.0 for r in records if "before" in r]
+    if ratios:
+        logging.getLogger("permute").info(
+            "%s: layer error %.3f, geometric mean of %d (%.2f to %.2f), %d taken; "
+            "largest change of an output %.1e of %.2g",
+            path.stem,
+            np.exp(np.log(ratios).mean()),
+            len(ratios),
+            min(ratios),
+            max(ratios),
+            sum(r["taken"] for r in records),
+            change,
+            largest,
+        )
     return records
 
 
@@ -109,9 +125,9 @@ def test_patterns_without_groups_have_no_order(toy: tuple[Path, Feeds]) -> None:
 @pytest.mark.slow
 def test_resnet20(shared: Path, tmp_path: Path) -> None:
     with np.load(shared / "data" / "cifar10" / "train_first_2000.npz") as stored:
-        images = stored["x"][:256] / 255
+        images = stored["x"][:512] / 255
     pixels = (images - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-    batches = np.split(pixels.transpose(0, 3, 1, 2).astype(np.float32), 4)
+    batches = np.split(pixels.transpose(0, 3, 1, 2).astype(np.float32), 8)
     records = reorder(shared / "models" / "resnet20.onnx", [{"x": b} for b in batches], tmp_path)
     found = [record for record in records if "before" in record]
     assert [record["channels"] for record in found] == [16] * 3 + [32] * 3 + [64] * 3
@@ -120,7 +136,7 @@ def test_resnet20(shared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_minilm(minilm_model: Path, minilm_feeds: Feeds, tmp_path: Path) -> None:
-    records = reorder(minilm_model, minilm_feeds[:2], tmp_path)
+    records = reorder(minilm_model, minilm_feeds, tmp_path)
     found = [record for record in records if "before" in record]
     assert [record["channels"] for record in found] == [1536] * 6
     assert all(record["after"] < 0.95 * record["before"] for record in found)

@@ -234,6 +234,13 @@ def test_a_branch_that_no_sample_takes_is_declined():
         pruned(proto, feeds, include=["v"])
 
 
+def test_a_node_of_the_main_graph_with_the_same_name():
+    proto, data = branching("MatMul", inside=True)
+    proto.graph.node.insert(0, helper.make_node("Relu", ["x"], ["unread"], "MatMul b"))
+    feeds = [{"x": x, "c": np.array(True)} for x in data["x"]]
+    assert_alike(weights_of(pruned(proto, feeds, bias_compensation=1)), flat("MatMul", data["x"]))
+
+
 def test_weights_passed_to_functions():
     """Two calls of one function, which calls another, are the nodes that they stand for."""
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
