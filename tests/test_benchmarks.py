@@ -97,3 +97,30 @@ def test_results_become_a_table_and_a_plot(tmp_path: Path) -> None:
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the marks"):
         quality_report.render(results, ["wanda", "sparsegpt", "defaults"], tmp_path)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_weights_are_rounded_to_the_nearest_of_each_outputs_grid(tmp_path: Path) -> None:
+    import quantization
+
+    weight = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)  # (in, out)
+    weight[:, 2] = 0
+    weight[::2] = 0
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "toy",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 8])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 5])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset), tmp_path / "sparse.onnx")
+    quantization.round_to_nearest(tmp_path / "sparse.onnx", tmp_path / "rounded.onnx")
+    (tensor,) = onnx.load(tmp_path / "rounded.onnx").graph.initializer
+    rounded = onnx.numpy_helper.to_array(tensor)
+    for before, after in zip(weight.T, rounded.T, strict=True):
+        step = np.abs(before).max() / 127
+        assert np.abs(after - before).max() <= step * 0.5001
+        assert (after[before == 0] == 0).all()
+        if step:
+            assert np.allclose(after / step, (after / step).round(), atol=1e-3)
