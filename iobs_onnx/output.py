@@ -21,6 +21,7 @@ from iobs_onnx.passes import (
     masks_of,
     model_hash,
     model_sizes,
+    outputs_out_of_reach,
     require_output,
     saving,
     store_sparsely,
@@ -145,7 +146,13 @@ def describe_deployment(
         "tensorrt_likely": sum(tensorrt.likely for tensorrt, _ in engines),
         "cusparselt": sum(cusparselt.eligible for _, cusparselt in engines),
         "trtexec": trtexec_command(model, output or "sparse.onnx", sites, seen),
-        "warnings": deployment_warnings(sites, patterns, available_providers(), config.emit),
+        "warnings": [
+            *deployment_warnings(sites, patterns, available_providers(), config.emit),
+            *(
+                f"output {name!r} was not compared: ONNX Runtime does not know {operator}"
+                for name, operator in outputs_out_of_reach(model).items()
+            ),
+        ],
     }
 
 

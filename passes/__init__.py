@@ -36,6 +36,7 @@ from iobs_onnx.passes.sizes import Sizes, model_sizes
 from iobs_onnx.passes.surroundings import Surroundings, find_surroundings, rewrite_biases
 from iobs_onnx.passes.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.tokens import find_token_input
+from iobs_onnx.passes.unknown import outputs_out_of_reach
 from iobs_onnx.passes.widen import widen
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "masks_of",
     "model_hash",
     "model_sizes",
+    "outputs_out_of_reach",
     "partition",
     "permute_channels",
     "prepare",

@@ -17,7 +17,18 @@ from iobs_onnx.passes.layout import Layout
 from iobs_onnx.passes.ops import OP_HANDLERS, Use, unsupported, weight_operands
 from iobs_onnx.passes.prepare import tap_value
 from iobs_onnx.passes.tensors import Slot, stored_slots
+from iobs_onnx.passes.unknown import out_of_reach
 from iobs_onnx.site import Candidates, Declined, Quantized, Site, Tap
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A model, what is computed from constants alone in it, and what nobody can compute."""
+
+    model: ir.Model
+    bodies: Bodies
+    constant: set[ir.Value]
+    out_of_reach: dict[ir.Value, str]
 
 
 @dataclass(frozen=True)
@@ -48,15 +59,15 @@ def find_sites(model: ir.Model) -> Candidates:
     """
     stored = stored_slots(model)
     model = unfolded(model) if model.functions else model
-    bodies = Bodies.of(model)
     constant = trace.constant_values(model.graph)
     for function in model.functions.values():
         constant |= trace.constant_values(function)
+    known = _Known(model, Bodies.of(model), constant, out_of_reach(model))
     unique = names.UniqueNames()
     sites: list[Site] = []
     declined: list[Declined] = []
     for candidate in find_candidates(model, constant):
-        verdict = _judge(candidate, model, constant, bodies)
+        verdict = _judge(candidate, known)
         source = verdict[0] if isinstance(verdict, tuple) else candidate.source
         name = unique.claim(names.site_name(source, next(iter(candidate.nodes))))
         if isinstance(verdict, tuple):
@@ -64,19 +75,17 @@ def find_sites(model: ir.Model) -> Candidates:
         elif (reason := _elsewhere(source, stored, sites)) is not None:
             declined.append(_declined(name, candidate, source, reason))
         else:
-            sites.append(_site(name, candidate, verdict, bodies))
+            sites.append(_site(name, candidate, verdict, known.bodies))
     return Candidates(tuple(sites), tuple(declined))
 
 
-def _judge(
-    candidate: Candidate, model: ir.Model, constant: set[ir.Value], bodies: Bodies
-) -> _Uses | tuple[ir.Value, str]:
+def _judge(candidate: Candidate, known: _Known) -> _Uses | tuple[ir.Value, str]:
     """Return how each node multiplies by the tensor, or the stored tensor and a reason."""
     source = candidate.source
     tensor = trace.stored_tensor(source)
     if tensor is None:
         return _behind(source)
-    if source.graph is not model.graph and source.graph not in bodies.runners:
+    if source.graph is not known.model.graph and source.graph not in known.bodies.runners:
         return source, candidate.place
     if tensor.dtype not in PRUNABLE_DTYPES | INTEGERS:
         # The operator is the better reason where its dtype follows from it.
@@ -86,7 +95,7 @@ def _judge(
         return source, f"dtype {tensor.dtype.name}: {_WANTED}"
     if 0 in tensor.shape.numpy():
         return source, "empty tensor"
-    uses = _uses(source, tensor, model, constant, bodies)
+    uses = _uses(source, tensor, known)
     return (source, uses) if isinstance(uses, str) else uses
 
 
@@ -113,28 +122,20 @@ def _behind(source: ir.Value) -> tuple[ir.Value, str]:
     return source, f"behind {producer.op_type}"
 
 
-def _uses(
-    source: ir.Value,
-    tensor: ir.TensorProtocol,
-    model: ir.Model,
-    constant: set[ir.Value],
-    bodies: Bodies,
-) -> _Uses | str:
+def _uses(source: ir.Value, tensor: ir.TensorProtocol, known: _Known) -> _Uses | str:
     """Describe every reader by the layout of the stored tensor, or say what forbids pruning."""
     found = list(trace.readings(source, tensor))
     uses: list[tuple[ir.Node, Use]] = []
     grids: dict[Quantized | None, None] = {}
     for reading in found:
-        if (reason := _foreign(reading, model, bodies)) is not None:
+        if (reason := _foreign(reading, known)) is not None:
             return reason
         node = reading.node
         assert node is not None, "the graph itself is a foreign reader"
         assert isinstance(reading.path, Path), "a node that cannot be followed is a foreign reader"
         use = _use(node, reading.index, reading.path)
-        if isinstance(use, Use) and _is_constant(use.reads[0].value, constant):
-            use = "both operands are constant"
         if isinstance(use, Use):
-            use = next(filter(None, (bodies.misread(r, node.graph) for r in use.reads)), use)
+            use = _untapped(node, use, known) or use
         if isinstance(use, str):
             return use if len(found) == 1 else f"shared, and at {_called(node)}: {use}"
         uses.append((node, use))
@@ -156,20 +157,27 @@ def _use(node: ir.Node, index: int, path: Path) -> Use | str:
     return OP_HANDLERS[node.domain, node.op_type].describe(node, index, path.layout)
 
 
-def _is_constant(value: ir.Value, constant: set[ir.Value]) -> bool:
-    return value.is_initializer() or value in constant
+def _untapped(node: ir.Node, use: Use, known: _Known) -> str | None:
+    """Say why the activations that meet the weight cannot be measured; None where they can."""
+    first = use.reads[0].value
+    if first.is_initializer() or first in known.constant:
+        return "both operands are constant"
+    faults = (known.out_of_reach.get(value) for value in node.outputs)
+    if (fault := next(filter(None, faults), None)) is not None:
+        return f"behind {fault}, an operator that ONNX Runtime does not know"
+    return next(filter(None, (known.bodies.misread(r, node.graph) for r in use.reads)), None)
 
 
-def _foreign(reading: trace.Reading, model: ir.Model, bodies: Bodies) -> str | None:
+def _foreign(reading: trace.Reading, known: _Known) -> str | None:
     """Say who else needs the tensor as it is; None for a reader that multiplies by it."""
     node = reading.node
     if node is None:
         return f"also a graph output, {reading.value.name!r}"
     if isinstance(reading.path, str):
         return reading.path
-    if (reason := bodies.stuck(node.graph)) is not None:
+    if (reason := known.bodies.stuck(node.graph)) is not None:
         return reason
-    if node.op_identifier() in model.functions:
+    if node.op_identifier() in known.model.functions:
         return (
             f"passed to the model-local function {node.op_type}: "
             "inline the functions first (onnx.inliner)"
