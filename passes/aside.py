@@ -1,7 +1,8 @@
 """What onnx_ir (1.1) cannot hold: set aside on the way in, put back on the way out.
 
 Sparse tensors become dense in memory and go back into the file as they were, unless they were
-exchanged. Types of maps and of opaque values, and training information, are kept as they are.
+exchanged. Types of maps and of opaque values, and training information, are kept as they are, as is
+the order of `value_info` and of the model's metadata.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from iobs_onnx.passes.validate import require_sparse
 _SPARSE = "iobs_onnx.sparse"
 _TRAINING = "iobs_onnx.training_info"
 _TYPES = "iobs_onnx.types"
+_INFOS = "iobs_onnx.value_info"
+_KEYS = "iobs_onnx.metadata_keys"
 _SPARSE_TYPES = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
 
 
@@ -71,26 +74,47 @@ def set_aside(proto: onnx.ModelProto, label: str) -> onnx.ModelProto:
 def attach(proto: onnx.ModelProto, model: ir.Model) -> None:
     """Tie to the model what :func:`set_aside` left out of `proto`; it goes along with clones."""
     for graph_proto, graph in paired(proto.graph, model.graph):
-        if infos := _foreign_values(graph_proto):
-            graph.meta[_TYPES] = {info.name: info for info in infos}
+        ends = (*graph_proto.input, *graph_proto.output)
+        odd = [info for info in ends if info.HasField("type") and not _is_plain(info.type)]
+        graph.meta[_TYPES] = {info.name: info for info in odd}
+        named = {info.name for info in ends} | _stored_names(graph_proto)
+        # Each with whether it describes anything.
+        graph.meta[_INFOS] = [(info, info.name in named) for info in graph_proto.value_info]
         for slot, sparse in _sparse_slots(graph_proto, graph):
             dense = _densified(sparse)
             slot.put(dense)
             slot.value.meta[_SPARSE] = _Sparse(dense, sparse)
     if proto.training_info:
         model.graph.meta[_TRAINING] = tuple(proto.training_info)
+    model.graph.meta[_KEYS] = [entry.key for entry in proto.metadata_props]
 
 
 def put_back(proto: onnx.ModelProto, model: ir.Model) -> None:
     """Complete the protobuf that onnx_ir made of a model."""
     proto.training_info.extend(model.graph.meta.get(_TRAINING, ()))
+    keys = model.graph.meta.get(_KEYS, [])
+    metadata = [(entry.key, entry.value) for entry in proto.metadata_props]
+    # Sorting keeps the order of equals: new keys go last.
+    metadata.sort(key=lambda item: keys.index(item[0]) if item[0] in keys else len(keys))
+    del proto.metadata_props[:]
+    for key, value in metadata:
+        proto.metadata_props.add(key=key, value=value)
     for graph_proto, graph in paired(proto.graph, model.graph):
-        infos = dict(graph.meta.get(_TYPES, {}))
-        for info in (*graph_proto.input, *graph_proto.output):
-            if (held := infos.pop(info.name, None)) is not None:
-                info.CopyFrom(held)
-        computed = {name for node in graph_proto.node for name in node.output}
-        graph_proto.value_info.extend(info for name, info in infos.items() if name in computed)
+        odd = graph.meta.get(_TYPES, {})
+        ends = (*graph_proto.input, *graph_proto.output)
+        for info in ends:
+            if info.name in odd:
+                info.CopyFrom(odd[info.name])
+        named = {info.name for info in ends} | _stored_names(graph_proto)
+        infos = {info.name: info for info in graph_proto.value_info}
+        first = [
+            infos.pop(info.name, info)
+            for info, described in graph.meta.get(_INFOS, ())
+            if info.name in named or not described
+        ]
+        ordered = [*first, *infos.values()]
+        del graph_proto.value_info[:]
+        graph_proto.value_info.extend(ordered)
         _restore_sparse(graph_proto, graph)
 
 
@@ -114,6 +138,18 @@ def _holds_foreign(scope: Scope) -> bool:
 def _foreign_values(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     infos = (*graph.input, *graph.output, *graph.value_info)
     return [info for info in infos if _is_foreign(info.type)]
+
+
+def _stored_names(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of what a graph stores and computes."""
+    stored = {tensor.name for tensor in graph.initializer}
+    stored.update(tensor.values.name for tensor in graph.sparse_initializer)
+    return stored.union(*(node.output for node in graph.node))
+
+
+def _is_plain(kind: onnx.TypeProto) -> bool:
+    """Whether onnx_ir holds a type; it takes one of nothing for none."""
+    return kind.WhichOneof("value") is not None and not _is_foreign(kind)
 
 
 def _is_foreign(kind: onnx.TypeProto) -> bool:

@@ -48,6 +48,39 @@ def test_value_info_of_an_initializer_is_kept_where_the_original_had_one(rich, t
     assert canonical(onnx.load(tmp_path / "out.onnx")) == canonical(rich)
 
 
+def test_order_of_value_info_and_of_metadata_is_kept(rich, tmp_path):
+    """Also of what names an output, or nothing at all, as exporters leave it."""
+    first = [info.name for info in rich.graph.value_info]
+    for name in ("gone", rich.graph.output[0].name, "w"):
+        rich.graph.value_info.insert(0, helper.make_tensor_value_info(name, 1, [1]))
+    del rich.metadata_props[:]
+    helper.set_model_props(rich, {"z": "1", "a": "2", "m": "3"})
+    model = load_model(rich)
+    save_model(model, tmp_path / "copy.onnx")
+    copy = onnx.load(tmp_path / "copy.onnx")
+    assert [info.name for info in copy.graph.value_info][3:] == first
+    assert len(copy.graph.value_info) == 3 + len(first)
+    assert list(copy.graph.value_info)[2:] == list(rich.graph.value_info)[2:]
+    assert list(copy.metadata_props) == list(rich.metadata_props)
+    # What is made later comes after.
+    model.metadata_props["b"] = "4"
+    save_model(model, tmp_path / "copy.onnx")
+    copy = onnx.load(tmp_path / "copy.onnx")
+    assert [entry.key for entry in copy.metadata_props] == ["z", "a", "m", "b"]
+
+
+def test_an_output_of_a_body_without_a_type(make, tmp_path):
+    def body(name: str) -> onnx.GraphProto:
+        out = onnx.ValueInfoProto(name="o")
+        out.type.SetInParent()
+        return helper.make_graph([helper.make_node("Relu", ["x"], ["o"])], name, [], [out])
+
+    node = helper.make_node("If", ["c"], ["y"], then_branch=body("t"), else_branch=body("e"))
+    proto = make([node], {"x": [2]}, {"c": np.array(True)}, ["y"])
+    save_model(load_model(proto), tmp_path / "copy.onnx")
+    assert onnx.load(tmp_path / "copy.onnx").graph.node[0] == proto.graph.node[0]
+
+
 def test_one_weight_rewritten_all_else_identical(real_model, tmp_path, canonical):
     model = load_model(real_model)
     site = find_sites(model).sites[1]
