@@ -247,6 +247,8 @@ class _Flood:
             raise _Fixed(f"{source.name!r} is read in several places")
         if not isinstance(path, Path) or path.quantized or path.integer or path.grid:
             raise _Fixed(f"{source.name!r} is quantized")
+        if path.regrouped is not None:
+            raise _Fixed(f"{source.name!r} is put together in another order")
         stored = path.stored_axis(axis)
         fits = rank in (None, len(path.layout.axes))
         if not fits or stored is None or path.stored[stored] != self.channels:

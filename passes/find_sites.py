@@ -15,6 +15,7 @@ from iobs_onnx.passes.follow import INTEGERS, Path
 from iobs_onnx.passes.functions import unfolded
 from iobs_onnx.passes.layout import Layout
 from iobs_onnx.passes.ops import OP_HANDLERS, Use, unsupported, weight_operands
+from iobs_onnx.passes.ops.recurrent import RECURRENT
 from iobs_onnx.passes.prepare import tap_value
 from iobs_onnx.passes.tensors import Slot, stored_slots
 from iobs_onnx.passes.unknown import out_of_reach
@@ -154,7 +155,20 @@ def _use(node: ir.Node, index: int, path: Path) -> Use | str:
         return reason
     if path.integer or path.grid is not None:
         return f"an integer at the node that multiplies by it: {_WANTED}"
-    return OP_HANDLERS[node.domain, node.op_type].describe(node, index, path.layout)
+    use = OP_HANDLERS[node.domain, node.op_type].describe(node, index, path.layout)
+    return use if isinstance(use, str) else _misplaced(node, use, path) or use
+
+
+def _misplaced(node: ir.Node, use: Use, path: Path) -> str | None:
+    """Say why a weight in another order than the stored one cannot be pruned, or None.
+
+    The order of outputs means nothing to a product, but a bias and scales would have to follow.
+    """
+    if path.regrouped is None:
+        return None
+    inputs = Layout.of(path.stored).axes[path.regrouped] in use.matrices.axes[2]
+    fits = node.op_type in RECURRENT and path.quantized is None and not inputs
+    return None if fits else "behind Concat, which puts its parts in another order"
 
 
 def _untapped(node: ir.Node, use: Use, known: _Known) -> str | None:

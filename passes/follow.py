@@ -44,6 +44,7 @@ class Path:
         quantized: what integers stand for; None for floats.
         integer: whether the operand at this point is an integer.
         grid: scale, zero point and axis of a QuantizeLinear that is still to be undone.
+        regrouped: the stored tensor's axis whose places stand in another order, None for none.
     """
 
     stored: tuple[int, ...]
@@ -51,6 +52,7 @@ class Path:
     quantized: Quantized | None = None
     integer: bool = False
     grid: tuple[object, ...] | None = None
+    regrouped: int | None = None
 
     @classmethod
     def of(cls, tensor: ir.TensorProtocol) -> Path:

@@ -7,11 +7,12 @@ Weights are followed through operators that move, round or scale values but neve
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from iobs_onnx.passes.follow import Path, follow, followed_input
+from iobs_onnx.passes.regroup import regrouped
 from iobs_onnx.passes.tensors import stored_slot
 
 # Operators that read a tensor's shape and never its values.
@@ -41,7 +42,11 @@ def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
 
 def stored_source(value: ir.Value) -> ir.Value:
     """Walk back from an operand through followed operators; return where that ends."""
-    while (node := value.producer()) is not None and (source := followed_input(node)) is not None:
+    while (node := value.producer()) is not None:
+        if (source := followed_input(node)) is None:
+            if (turned := regrouped(node)) is None:
+                break
+            source, _ = turned
         value = source
     return value
 
@@ -49,6 +54,7 @@ def stored_source(value: ir.Value) -> ir.Value:
 def readings(stored: ir.Value, tensor: ir.TensorProtocol) -> Iterator[Reading]:
     """Yield every final reader of the stored tensor `tensor`, in order of discovery."""
     pending = [(stored, Path.of(tensor))]
+    joined: set[ir.Node] = set()
     while pending:
         value, path = pending.pop(0)
         if value.is_graph_output():
@@ -56,11 +62,27 @@ def readings(stored: ir.Value, tensor: ir.TensorProtocol) -> Iterator[Reading]:
         for node, index in value.uses():
             if node.domain == "" and node.op_type in _SHAPE_READERS:
                 continue
+            if (found := _joins(value, node)) is not None:
+                concat, axis = found
+                if concat not in joined:
+                    joined.add(concat)
+                    pending.append((concat.outputs[0], replace(path, regrouped=axis)))
+                continue
             moved = follow(node, index, path)
             if isinstance(moved, Path):
                 pending.append((node.outputs[0], moved))
             else:
                 yield Reading(node, index, path if moved is None else moved, value)
+
+
+def _joins(stored: ir.Value, part: ir.Node) -> tuple[ir.Node, int] | None:
+    """Return the Concat that puts a stored value together of `part` and others, and the axis."""
+    if part.op_type != "Slice":
+        return None
+    for concat, _ in part.outputs[0].uses():
+        if (turned := regrouped(concat)) is not None and turned[0] is stored:
+            return concat, turned[1]
+    return None
 
 
 def constant_values(graph: ir.Graph | ir.Function) -> set[ir.Value]:
