@@ -166,8 +166,14 @@ def _misplaced(node: ir.Node, use: Use, path: Path) -> str | None:
     """
     if path.regrouped is None:
         return None
-    inputs = Layout.of(path.stored).axes[path.regrouped] in use.matrices.axes[2]
-    fits = node.op_type in RECURRENT and path.quantized is None and not inputs
+    stored = Layout.of(path.stored).axes[path.regrouped]
+    # Factors that share strides hold parts of one axis.
+    turned = any(
+        max(stride, moved) < min(stride * size, moved * count)
+        for size, stride in use.matrices.axes[2]
+        for count, moved in stored
+    )
+    fits = node.op_type in RECURRENT and path.quantized is None and not turned
     return None if fits else "behind Concat, which puts its parts in another order"
 
 

@@ -13,6 +13,7 @@ FEEDS = [{"x": np.random.default_rng(9).standard_normal((7, 4, SIZE)).astype(np.
 # Input, output, forget, cell of ONNX among PyTorch's input, forget, cell, output.
 PARTS = ((0, 1), (3, 4), (1, 3))
 ORDER = [0, 3, 1, 2]
+TURNED = "behind Concat, which puts its parts in another order"
 
 
 def turned(name: str, parts=PARTS, *, axis: int = 0, unit: int = HIDDEN, old: bool = False):
@@ -20,11 +21,8 @@ def turned(name: str, parts=PARTS, *, axis: int = 0, unit: int = HIDDEN, old: bo
     nodes, tensors = [], {}
     for number, (start, stop) in enumerate(parts):
         cut = f"{name}_{number}"
-        ends = {
-            "starts": [start * unit],
-            "ends": [stop * unit if stop < 4 else 2**31],
-            "axes": [axis],
-        }
+        end = stop * unit if stop < 4 else 2**31
+        ends = {"starts": [start * unit], "ends": [end], "axes": [axis]}
         names = [] if old else [f"{cut}_{key}" for key in ends]
         tensors |= {key: np.array(value) for key, value in zip(names, ends.values(), strict=False)}
         nodes.append(helper.make_node("Slice", [name, *names], [cut], **(ends if old else {})))
@@ -109,6 +107,17 @@ def test_a_part_that_others_read_too():
     assert [item.reason for item in found.declined] == ["behind Concat"]
 
 
+def test_inputs_in_another_order_are_declined():
+    """Which of R's states meet which of its columns would change."""
+    nodes, tensors = turned("R", axis=1, unit=2)
+    unsqueeze = helper.make_node("Unsqueeze", ["R_turned"], ["R_3d"], axes=[0])
+    tensors |= weights() | {"W": weights()["W"][None]}
+    lstm = helper.make_node("LSTM", ["x", "W", "R_3d"], ["y"], "lstm", hidden_size=HIDDEN)
+    found = find_sites(load_model(model([*nodes, unsqueeze, lstm], tensors)))
+    assert [site.initializer for site in found.sites] == ["W"]
+    assert [item.reason for item in found.declined] == [TURNED]
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_products_whose_biases_would_have_to_follow_are_declined(axis):
     nodes, tensors = turned("w", axis=axis, unit=3)
@@ -121,7 +130,7 @@ def test_products_whose_biases_would_have_to_follow_are_declined(axis):
     loaded = load_model(model([*nodes, *products], tensors))
     found = find_sites(loaded)
     [declined] = found.declined
-    assert declined.reason == "behind Concat, which puts its parts in another order"
+    assert declined.reason == TURNED
     chains, reasons = find_chains(loaded, found.sites)
     assert chains == ()
     assert list(reasons.values()) == ["'w' is put together in another order"]
