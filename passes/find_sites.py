@@ -162,18 +162,17 @@ def _use(node: ir.Node, index: int, path: Path) -> Use | str:
 def _misplaced(node: ir.Node, use: Use, path: Path) -> str | None:
     """Say why a weight in another order than the stored one cannot be pruned, or None.
 
-    The order of outputs means nothing to a product, but a bias and scales would have to follow.
+    The order of outputs means nothing to a product, but a bias would have to follow.
     """
     if path.regrouped is None:
         return None
-    stored = Layout.of(path.stored).axes[path.regrouped]
     # Factors that share strides hold parts of one axis.
     turned = any(
         max(stride, moved) < min(stride * size, moved * count)
         for size, stride in use.matrices.axes[2]
-        for count, moved in stored
+        for count, moved in path.regrouped
     )
-    fits = node.op_type in RECURRENT and path.quantized is None and not turned
+    fits = node.op_type in RECURRENT and not turned
     return None if fits else "behind Concat, which puts its parts in another order"
 
 

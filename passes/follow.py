@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes.attributes import integer, integers
-from iobs_onnx.passes.layout import Layout
+from iobs_onnx.passes.layout import Factor, Layout
 from iobs_onnx.passes.tensors import stored_slot
 from iobs_onnx.site import Quantized
 
@@ -44,7 +44,8 @@ class Path:
         quantized: what integers stand for; None for floats.
         integer: whether the operand at this point is an integer.
         grid: scale, zero point and axis of a QuantizeLinear that is still to be undone.
-        regrouped: the stored tensor's axis whose places stand in another order, None for none.
+        regrouped: the axis whose places stand in another order than the stored one, as factors of
+            the stored tensor; None for none.
     """
 
     stored: tuple[int, ...]
@@ -52,7 +53,7 @@ class Path:
     quantized: Quantized | None = None
     integer: bool = False
     grid: tuple[object, ...] | None = None
-    regrouped: int | None = None
+    regrouped: tuple[Factor, ...] | None = None
 
     @classmethod
     def of(cls, tensor: ir.TensorProtocol) -> Path:

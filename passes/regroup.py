@@ -1,4 +1,4 @@
-"""Stored tensors that are cut into parts and put together again in another order.
+"""Tensors that are cut into parts and put together again in another order.
 
 PyTorch orders the gates of an LSTM in one way, ONNX in another: an export that folds no constants
 turns the weights round with Slice and Concat.
@@ -18,21 +18,30 @@ from iobs_onnx.passes.tensors import stored_slot
 
 
 def regrouped(concat: ir.Node) -> tuple[ir.Value, int] | None:
-    """Return the stored value whose parts a Concat puts together, each once, and the axis."""
+    """Return the value whose parts a Concat puts together, each once, and the axis.
+
+    Its shape has to be known.
+    """
     parts = [value.producer() for value in concat.inputs if value is not None]
     if (concat.domain, concat.op_type) != ("", "Concat") or len(parts) < len(concat.inputs):
         return None
     sources = {node.inputs[0] for node in parts if node is not None and _is_part(node)}
     source = next(iter(sources), None)
-    if len(sources) != 1 or source is None or (slot := stored_slot(source)) is None:
+    if len(sources) != 1 or source is None or (shape := _shape(source)) is None:
         return None
-    shape = tuple(slot.tensor.shape.numpy())
     axis = integer(concat, "axis", 0)
     if not -len(shape) <= axis < len(shape):
         return None
     axis %= len(shape)
     places = [place for node in parts for place in _places(node, axis, shape)]
     return (source, axis) if sorted(places) == list(range(shape[axis])) else None
+
+
+def _shape(value: ir.Value) -> tuple[int, ...] | None:
+    slot = stored_slot(value)
+    if slot is not None:
+        return tuple(slot.tensor.shape.numpy())
+    return value.shape.numpy() if value.shape is not None and value.shape.is_static() else None
 
 
 def _is_part(node: ir.Node) -> bool:

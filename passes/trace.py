@@ -62,11 +62,12 @@ def readings(stored: ir.Value, tensor: ir.TensorProtocol) -> Iterator[Reading]:
         for node, index in value.uses():
             if node.domain == "" and node.op_type in _SHAPE_READERS:
                 continue
-            if (found := _joins(value, node)) is not None:
+            if (found := _joins(value, node)) is not None and not (path.integer or path.grid):
                 concat, axis = found
                 if concat not in joined:
                     joined.add(concat)
-                    pending.append((concat.outputs[0], replace(path, regrouped=axis)))
+                    turned = replace(path, regrouped=path.layout.axes[axis])
+                    pending.append((concat.outputs[0], turned))
                 continue
             moved = follow(node, index, path)
             if isinstance(moved, Path):
@@ -75,12 +76,12 @@ def readings(stored: ir.Value, tensor: ir.TensorProtocol) -> Iterator[Reading]:
                 yield Reading(node, index, path if moved is None else moved, value)
 
 
-def _joins(stored: ir.Value, part: ir.Node) -> tuple[ir.Node, int] | None:
-    """Return the Concat that puts a stored value together of `part` and others, and the axis."""
+def _joins(value: ir.Value, part: ir.Node) -> tuple[ir.Node, int] | None:
+    """Return the Concat that puts a value together of `part` and others, and the axis."""
     if part.op_type != "Slice":
         return None
     for concat, _ in part.outputs[0].uses():
-        if (turned := regrouped(concat)) is not None and turned[0] is stored:
+        if (turned := regrouped(concat)) is not None and turned[0] is value:
             return concat, turned[1]
     return None
 

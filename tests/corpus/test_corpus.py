@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -53,7 +55,11 @@ def tell(name: str, verdicts: Sequence[Verdict]) -> None:
     """Log the table of a corpus."""
     pruned = [verdict for verdict in verdicts if verdict.pruned]
     refused = Counter(verdict.refused for verdict in verdicts if verdict.refused)
-    declined = sum((verdict.declined for verdict in verdicts), Counter[str]())
+    declined: Counter[str] = Counter()
+    for verdict in verdicts:
+        for why, count in verdict.declined.items():
+            # Names would tell every weight apart.
+            declined[re.sub(r"'[^']*'", "'...'", why)] += count
     lines = [
         f"{name}: {len(verdicts)} models, {len(pruned)} pruned "
         f"({sum(verdict.pruned for verdict in pruned)} weights), 0 failures"
@@ -125,6 +131,21 @@ def test_generated_package_cases(tmp_path: Path) -> None:
         len(cases),
         candidates,
     )
+
+
+@pytest.mark.slow
+def test_files_of_a_folder(tmp_path: Path) -> None:
+    """Files of anywhere, given as the variable MODELS, are inspected and come back as they were."""
+    folder = os.environ.get("MODELS")
+    if not folder:
+        pytest.skip("no folder of further models: MODELS=folder make corpus")
+    verdicts = []
+    for path in sorted(Path(folder).rglob("*.onnx")):
+        try:
+            verdicts.append(judge(path, [], tmp_path))
+        except Exception as error:
+            raise AssertionError(f"{path}: {error}") from error
+    tell(f"{sum(verdict.sites for verdict in verdicts)} sites in {Path(folder).name}", verdicts)
 
 
 def judge_drawn(drawn: corpus_models.Drawn) -> Verdict:

@@ -54,10 +54,13 @@ def in_onnx_order(array: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("old", [False, True])
 def test_gates_in_another_order_are_pruned_as_those_of_onnx(old):
     stored = weights()
-    nodes, tensors = [], dict(stored)
+    nodes, tensors = [], {**stored, "front": np.array([0])}
     for name in "WR":
         more, constants = turned(name, old=old)
-        unsqueeze = helper.make_node("Unsqueeze", [f"{name}_turned"], [f"{name}_3d"], axes=[0])
+        operands, axes = ([], {"axes": [0]}) if old else (["front"], {})
+        unsqueeze = helper.make_node(
+            "Unsqueeze", [f"{name}_turned", *operands], [f"{name}_3d"], **axes
+        )
         nodes += [*more, unsqueeze]
         tensors |= constants
     lstm = helper.make_node("LSTM", ["x", "W_3d", "R_3d"], ["y"], "lstm", hidden_size=HIDDEN)
@@ -65,14 +68,23 @@ def test_gates_in_another_order_are_pruned_as_those_of_onnx(old):
     ordered = {name: in_onnx_order(array)[None] for name, array in stored.items()}
     found = {}
     for kind, proto in {
-        "turned": model([*nodes, lstm], tensors, 9 if old else 12),
-        "plain": model([plain], ordered),
+        "turned": model([*nodes, lstm], tensors, 9 if old else 13),
+        "plain": model([plain], ordered, 13),
     }.items():
         result = iobs_onnx.prune(proto, calibration=FEEDS, sparsity="2:4", provider="cpu")
         assert [site.initializer for site in result.report.sites] == ["W", "R"]
         slots = stored_slots(result.model)
         found[kind] = {name: slots[name].tensor.numpy() for name in "WR"}
         found[kind]["error"] = [site.layer_error for site in result.report.sites]
+        if not old:
+            quantized = iobs_onnx.prune(
+                proto, calibration=FEEDS, sparsity="2:4", quantize="int8", provider="cpu"
+            )
+            found[kind]["int8"] = [site.layer_error for site in quantized.report.sites]
+            assert all(site.quantized is not None for site in find_sites(quantized.model).sites)
+    if not old:
+        # One scale a gate's output, wherever it stands.
+        np.testing.assert_allclose(found["turned"]["int8"], found["plain"]["int8"], rtol=1e-3)
     np.testing.assert_allclose(found["turned"]["error"], found["plain"]["error"], rtol=1e-4)
     for name in "WR":
         mine, theirs = in_onnx_order(found["turned"][name]), found["plain"][name][0]
