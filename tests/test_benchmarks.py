@@ -124,3 +124,20 @@ def test_weights_are_rounded_to_the_nearest_of_each_outputs_grid(tmp_path: Path)
         assert (after[before == 0] == 0).all()
         if step:
             assert np.allclose(after / step, (after / step).round(), atol=1e-3)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_words_are_drawn_and_the_best_path_is_read(tmp_path: Path) -> None:
+    import odd_models
+    from PIL import Image
+
+    path = [0, 3, 3, 0, 3, 5, 5, 0]  # doubles without a blank between them are one
+    assert odd_models.reading(np.eye(6)[path][:, None]) == [3, 3, 5]
+    rng = np.random.default_rng(0)
+    drawn = odd_models.word("Wide", rng)
+    assert drawn.shape == (1, 1, 64, 160)
+    assert drawn.min() < -0.5 < 0.5 < drawn.max()
+    Image.new("RGB", (300, 200), (90, 90, 90)).save(tmp_path / "grey.png")
+    photograph = odd_models.photograph(tmp_path / "grey.png", 64, rng)
+    assert photograph.shape == (1, 3, 64, 64)
+    assert photograph.std() > 0.1
