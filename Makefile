@@ -72,8 +72,11 @@ docs: $(INSTALLED)  ## the site of the documentation, into build/site
 package: $(INSTALLED)  ## build wheel and sdist into dist/, install the wheel in an empty environment, prune with it
 	$(BIN)/pytest -m '' tests/test_package.py
 
-screenshots: $(INSTALLED)  ## the pictures in docs/img, from the demo's report; needs Chromium
-	$(BIN)/python docs/screenshots.py build/demo/report/report.html
+screenshots: demo  ## the pictures in docs/img, from the demo and a run with --allocate; needs Chromium
+	$(BIN)/iobs-onnx prune build/models/all-MiniLM-L6-v2.onnx --calibration build/demo/calibration \
+		--samples 8 --sparsity 60% --allocate error --preset fast --sequential none --target layer \
+		--output build/demo/allocated.onnx --report-dir build/demo/allocated
+	$(BIN)/python docs/screenshots.py
 
 clean:  ## remove what the other targets made
 	rm -rf build dist .venv .venv-optimum .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -210,6 +210,8 @@ def session(model: Path) -> Any:
 
     options = ort.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Products with int8 weights would round activations, too: 4, the default, against float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
