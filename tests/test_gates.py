@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from iobs_onnx.cli import main
+from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, GateError
 from iobs_onnx.gates import require_output_error
 from iobs_onnx.runtime import OutputFidelity
@@ -85,6 +87,18 @@ def test_every_command_prints_json() -> None:
     assert commands is not None
     for name, command in commands.items():  # type: ignore[attr-defined]
         assert any("--json" in action.option_strings for action in command._actions), name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command_and_option(shell: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--print-completion", shell])
+    assert stopped.value.code == 0
+    script = capsys.readouterr().out
+    for word in ("prune", "inspect", "verify", "report", "compare", "bench"):
+        assert word in script
+    for field in dataclasses.fields(PruneConfig):
+        assert field.name.replace("_", "-") in script
 
 
 def test_completion_is_a_script_that_the_shell_takes(tmp_path: Path) -> None:

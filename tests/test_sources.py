@@ -56,6 +56,34 @@ def test_text_from_the_command_line_with_the_tokenizer_beside_the_model(model: P
     assert report["options"]["pack"] is True
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("images", [3, 4, 4]), ("audio", [16])])
+def test_the_preprocessor_beside_the_model(kind: str, shape: list[int], tmp_path: Path) -> None:
+    """In the folder above, too, which is where Optimum keeps it."""
+    import soundfile
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    data = tmp_path / "onnx" / "data"
+    data.mkdir(parents=True)
+    for at in range(16):
+        pixels = rng.integers(0, 256, (9, 7, 3), np.uint8)
+        Image.fromarray(pixels).save(data / f"{at}.png")
+        soundfile.write(data / f"{at}.wav", rng.uniform(-1, 1, 64), 8000)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": [4, 4], "sampling_rate": 8000}')
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "toy",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *shape])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", *shape[:-1], 8])],
+        [numpy_helper.from_array(rng.normal(size=(shape[-1], 8)).astype(np.float32), "w")],
+    )
+    toy = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(toy, tmp_path / "onnx" / "toy.onnx")
+    assert run(tmp_path / "onnx" / "toy.onnx", f"--{kind}", str(data), "--quiet") == 0
+    report = json.loads((tmp_path / "onnx" / "report.json").read_text())
+    assert report["calibration"]["source"] == f"{kind} {data}"
+
+
 def test_random_data_warn_loudly(model: Path, capsys, caplog) -> None:
     assert run(model, "--calibration", "random") == 0
     assert WARNING in caplog.text
