@@ -110,7 +110,7 @@ def stories_task(made: Path, shared: Path) -> Task:
         lambda model: {"perplexity": perplexity(model, ids[60:120])},
         {"perplexity": ".3f"},
         falls=True,
-        writes={"start_token": tokenizer.bos_id(), "sequence_length": 256, "samples": 64},
+        writes={"start_token": tokenizer.bos_id(), "sequence_length": 128, "samples": 64},
     )
 
 
