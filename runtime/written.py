@@ -39,8 +39,8 @@ class SelfSamples(Samples):
         seed: with its own index it decides what a text becomes.
 
     Raises:
-        DataError: the model takes no `input_ids`, gives no logits, or a token changes what stands
-            before it.
+        DataError: the model takes no `input_ids`, gives no logits, a token changes what stands
+            before it, or, while text is written, logits are not finite.
         OptionError: `start` is no token.
     """
 
@@ -67,7 +67,7 @@ class SelfSamples(Samples):
         self._count = count or COUNT
         self._length, self._fixed = row_length(ids, length, DEFAULT_LENGTH)
         self._start, self._seed = start, seed
-        self._written: dict[int, NDArray[np.int64]] = {}
+        self._rows: list[NDArray[np.int64]] = []
         self._logits = self._find_logits((ids.shape or (None,))[0] or 1)
         self._presents = self._find_presents()
 
@@ -75,11 +75,18 @@ class SelfSamples(Samples):
         return self._count + max(1, self._count // _HELD_OUT)
 
     def feed(self, index: Sequence[int]) -> Feed:
-        """Return the texts at these indices; each is written once."""
-        if any(i not in self._written for i in index):
-            self._written |= dict(zip(index, self._write(index), strict=True))
-        rows = [self._written[i] for i in index]
-        return token_feed(rows, self._inputs, 0, self._length)
+        """Return the texts at these indices; the first call writes all, and gives the model up."""
+        if not self._rows:
+            self._rows = self._write_all(len(index))
+            del self._session  # it holds the whole model
+        return token_feed([self._rows[i] for i in index], self._inputs, 0, self._length)
+
+    def _write_all(self, batch: int) -> list[NDArray[np.int64]]:
+        last, rows = len(self) - 1, []
+        for start in range(0, len(self), batch):
+            # The model may be made for batches of one size: the last one is filled up.
+            rows += list(self._write([min(start + i, last) for i in range(batch)]))
+        return rows[: last + 1]
 
     def _write(self, index: Sequence[int]) -> NDArray[np.int64]:
         draws = [np.random.default_rng([self._seed, i]) for i in index]
@@ -143,5 +150,7 @@ class SelfSamples(Samples):
 def _sample(logits: NDArray[np.float64], draws: Sequence[np.random.Generator]) -> NDArray[np.int64]:
     """Draw a token for each row from the softmax of its logits."""
     shares = np.exp(logits - logits.max(-1, keepdims=True)).cumsum(-1)
+    if not np.isfinite(shares[:, -1]).all():
+        raise DataError("calibration self: the model's logits hold NaN or Inf; give data")
     marks = [draw.random() * row[-1] for draw, row in zip(draws, shares, strict=True)]
     return np.array([np.searchsorted(r, m, "right") for r, m in zip(shares, marks, strict=True)])

@@ -116,6 +116,12 @@ def test_models_that_cannot_write_are_refused() -> None:
         samples(backwards)
     with pytest.raises(DataError, match="no output is a number for each of 5 tokens"):
         samples(bigram(), tokens=5)
+    spoilt = bigram()
+    table = ARRAYS["table"].copy()
+    table[2] = np.nan
+    spoilt.graph.initializer[0].CopyFrom(numpy_helper.from_array(table, "table"))
+    with pytest.raises(DataError, match="logits hold NaN or Inf"):
+        samples(spoilt, start=2).feed([0])
     with pytest.raises(OptionError, match="start_token 6: the model has tokens 0 to 5"):
         samples(bigram(), start=6)
 
