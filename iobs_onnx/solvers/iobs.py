@@ -9,8 +9,10 @@ Differences from ALPS:
 1. The space is scaled by the OBS saliency, `s_j = ([H⁻¹]_jj)^(-1/2)`, blended with `√H_jj`:
    there the magnitude of a weight is what removing it costs when the others make up for it.
    With `√H_jj` alone the same number of iterations ends with 1 % more error.
-2. ρ grows by one slow constant factor, and the search ends when the mask has settled.
-3. `(H + ρI)⁻¹` is formed for several iterations at a time instead of one eigendecomposition,
+2. ρ is measured in units of the harmonic mean of the eigenvalues of H, not of their mean: it is
+   the weak directions that decide where the search must begin.
+3. ρ grows by one slow constant factor, and the search ends when the mask has settled.
+4. `(H + ρI)⁻¹` is formed for several iterations at a time instead of one eigendecomposition,
    which costs ten times an inverse and doubles the work of each iteration.
 """
 
@@ -32,7 +34,7 @@ _OUTPUTS = 512
 # Up to so many inputs the result is held against plain magnitude pruning.
 _FEW_INPUTS = 64
 # Standard deviation of the factor that shakes an iterate before the search is taken up again.
-_SHAKE = 0.1
+_SHAKE = 0.5
 # Over-relaxation of the steps on a fixed mask.
 _RELAXATION = 1.6
 
@@ -42,26 +44,24 @@ class IOBS:
     """Proximal Newton support search with a conjugate-gradient refit.
 
     Attributes:
-        rho: first weight of the proximal term, in the scaled space where `mean(diag H) = 1`.
+        rho: first weight of the proximal term, in the scaled space where `mean(diag H⁻¹) = 1`.
         growth: factor on ρ an iteration; slower growth finds better supports.
         saliency: share of `([H⁻¹]_jj)^(-1/2)` in the scaling; the rest is `√H_jj`.
         settled: the search ends when at most this fraction of the mask changed.
         iterations: the search ends then in any case.
-        restarts: how often the search is taken up again at `reheat` from the best point, shaken;
+        restarts: how often the search is taken up again at `rho` from the best point, shaken;
             every output keeps its best support, of unstructured patterns within the budget.
-        reheat: ρ at a restart.
         refinements: over-relaxed proximal steps on the final mask, before the refit.
         tolerance: relative gradient on the support at which the refit ends; None for no refit,
             which leaves the weights near their optimum, not at it.
     """
 
-    rho: float = 0.15
-    growth: float = 1.027
+    rho: float = 1.0
+    growth: float = 1.02
     saliency: float = 0.75
-    settled: float = 2e-3
+    settled: float = 5e-4
     iterations: int = 1000
     restarts: int = 0
-    reheat: float = 0.25
     refinements: int = 4
     tolerance: float | None = 1e-4
 
@@ -70,31 +70,29 @@ class IOBS:
         scale = self._scale(problem)
         hessian = problem.damped / (scale * scale[:, None])
         parts = _split(problem, scale[:, None])
-        rho = self._search(problem, parts, hessian, self.rho)
+        rho = self._search(problem, parts, hessian)
         noise = torch.Generator(problem.weight.device).manual_seed(0)
         for _ in range(self.restarts):
             for part in parts:
-                part.reheat(problem, rho / self.reheat, noise)
-            self._search(problem, parts, hessian, self.reheat)
+                part.reheat(problem, rho / self.rho, noise)
+            self._search(problem, parts, hessian)
         weight = torch.cat([part.best for part in parts], 1).T.contiguous()
         mask = torch.cat([part.best_mask for part in parts], 1).T.contiguous()
         return _no_worse_than_magnitude(problem, Sparse(weight, mask))
 
     def _scale(self, problem: Problem) -> torch.Tensor:
-        diagonal = problem.damped.diagonal()
-        scale = diagonal.pow((1.0 - self.saliency) / 2)
-        if self.saliency:
-            scale = scale * problem.inverse.diagonal().pow(-self.saliency / 2)
-        return scale * (diagonal / scale.square()).mean().sqrt()
+        inverse = problem.inverse.diagonal()
+        scale = problem.damped.diagonal().pow((1.0 - self.saliency) / 2)
+        scale = scale * inverse.pow(-self.saliency / 2)
+        return scale / (inverse * scale.square()).mean().sqrt()
 
-    def _search(
-        self, problem: Problem, parts: Sequence[_Part], hessian: torch.Tensor, rho: float
-    ) -> float:
+    def _search(self, problem: Problem, parts: Sequence[_Part], hessian: torch.Tensor) -> float:
         """Move every part's iterate until the masks have settled, then fit the weights.
 
         Returns:
             The last ρ.
         """
+        rho = self.rho
         inputs, outputs = problem.weight.T.shape
         # An inverse costs about as much as 1.5·in/out steps.
         hold = max(2, min(8, round(1.5 * inputs / outputs)))
@@ -214,8 +212,8 @@ def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
 
 
 PRESETS: dict[str, Solver] = {
-    "fast": IOBS(rho=0.5, growth=1.0, saliency=0.0, iterations=2, refinements=2, tolerance=None),
+    "fast": IOBS(rho=2.0, growth=1.0, saliency=0.5, iterations=2, refinements=2, tolerance=None),
     "balanced": IOBS(),
-    # Of wider layers the tableaux take minutes a layer, for a few tenths of a percent.
-    "best": CBS(start=IOBS(rho=0.1, growth=1.02, settled=3e-4, restarts=8), swaps=32, widest=512),
+    # Of wider layers the tableaux take an hour a layer and more.
+    "best": CBS(start=IOBS(restarts=16), swaps=64, widest=2048),
 }
