@@ -28,11 +28,17 @@ DEFAULT_LAYERS = ROOT / "build" / "layers" / "all-MiniLM-L6-v2.safetensors"
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights `(out_i, in)` that read one activation, and its Hessian `(in, in)`."""
+    """Weights `(out_i, in)` that read one activation, its Hessian `(in, in)` and mean `(in,)`."""
 
     names: list[str]
     weights: list[torch.Tensor]
     hessian: torch.Tensor
+    mean: torch.Tensor
+
+    @property
+    def centred(self) -> torch.Tensor:
+        """`H − μμᵀ`: what is left of an error whose mean a bias takes over."""
+        return self.hessian - torch.outer(self.mean, self.mean)
 
 
 def minilm() -> tuple[Path, Path]:
@@ -60,10 +66,11 @@ def capture(model: Path, calibration: str, output: Path) -> None:
     stored = stored_slots(dense)
     for number, together in enumerate(dict.fromkeys(site.taps for site in sites)):
         members = [site for site in sites if site.taps == together]
-        matrix = combine([hessians[tap] for tap in together]).matrix
-        for group in range(len(matrix)):
+        whole = combine([hessians[tap] for tap in together])
+        for group, (matrix, mean) in enumerate(zip(whole.matrix, whole.mean, strict=True)):
             key = f"{number}.{group}"
-            tensors[f"hessian {key}"] = matrix[group].contiguous()
+            tensors[f"hessian {key}"] = matrix.contiguous()
+            tensors[f"mean {key}"] = mean.contiguous()
             for site in members:
                 weights = site.to_matrices(stored[site.initializer].tensor.numpy())
                 tensors[f"weight {key} {site.name}"] = torch.from_numpy(weights[group].copy())
@@ -81,6 +88,7 @@ def read(path: Path) -> list[Layer]:
                 item["names"],
                 [file.get_tensor(f"weight {item['key']} {name}") for name in item["names"]],
                 file.get_tensor(f"hessian {item['key']}"),
+                file.get_tensor(f"mean {item['key']}"),
             )
             for item in index
         ]

@@ -8,7 +8,10 @@ before the next begins, and the times are medians over rounds. LAYERS come from 
 without any, those of all-MiniLM-L6-v2 are made. `--every 7` takes every seventh layer, for the slow
 solvers: layers come in fours (attention in and out, feed-forward in and out), so that an odd step
 meets all kinds. Layers that a pattern does not fit are left out, and the number of sites says so.
-With the JSON of an earlier run in place of LAYERS that is shown again.
+With the JSON files of earlier runs in place of LAYERS those are shown again, as one.
+
+A solver written with `+bias` leaves the mean of the error to the layer's bias: it works on, and is
+judged by, `H − μμᵀ` with `μ` the mean of the inputs. It is meant for layers that have a bias.
 """
 
 from __future__ import annotations
@@ -18,66 +21,78 @@ import json
 import math
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import layers as storage
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from iobs_onnx.layer import solve_stacked
+from iobs_onnx.layer import Solution, solve_stacked
 from iobs_onnx.solvers import PRESETS, SOLVERS, make_solver
 from iobs_onnx.sparsity import Pattern, parse_sparsity
 
 DAMPING = 0.01
 # A preset is written behind a colon.
 NAMES = [*(name for name in SOLVERS if name != "iobs"), *(f"iobs:{name}" for name in PRESETS)]
+BIAS = "+bias"
 
 Row = dict[str, float]
+# The rows of every solver, pattern and file.
+Results = dict[str, dict[str, dict[str, Row]]]
 
 
 def solve_all(
     layers: list[storage.Layer], solver: str, pattern: Pattern
-) -> tuple[list[float], float]:
-    """Return the layer error of every site and the seconds for all."""
-    errors: list[float] = []
+) -> tuple[list[Solution[torch.Tensor]], float]:
+    """Return the solution of every site and the seconds for all."""
+    solutions: list[Solution[torch.Tensor]] = []
+    if solver.endswith(BIAS):
+        layers = [replace(layer, hessian=layer.centred) for layer in layers]
     started = time.perf_counter()
     for layer in layers:
-        solutions = solve_stacked(
+        solutions += solve_stacked(
             layer.weights,
             layer.hessian,
             pattern=pattern,
-            solver=make_solver(*solver.split(":")),
+            solver=make_solver(*solver.removesuffix(BIAS).split(":")),
             damping=DAMPING,
         )
-        errors += [solution.layer_error for solution in solutions]
-    return errors, time.perf_counter() - started
+    return solutions, time.perf_counter() - started
 
 
 def compare(
     layers: list[storage.Layer], solvers: list[str], pattern: Pattern, rounds: int
 ) -> dict[str, Row]:
     """Return each solver's error and time, absolute and as a multiple of SparseGPT's."""
-    errors: dict[str, list[float]] = {}
+    excesses: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {solver: [] for solver in solvers}
     solve_all(layers[:1], "sparsegpt", pattern)  # the first calls load libraries
     for _ in range(rounds):
         for solver in solvers:
-            errors[solver], spent = solve_all(layers, solver, pattern)
+            solutions, spent = solve_all(layers, solver, pattern)
+            excesses[solver] = [solution.excess for solution in solutions]
+            if solver == "sparsegpt":
+                energies = [solution.energy for solution in solutions]
             seconds[solver].append(spent)
-    base, base_seconds = errors["sparsegpt"], seconds["sparsegpt"]
+    base_seconds = seconds["sparsegpt"]
     results = {}
-    for solver in solvers:
-        ratios = [mine / theirs for mine, theirs in zip(errors[solver], base, strict=True)]
-        times = [a / b for a, b in zip(seconds[solver], base_seconds, strict=True)]
+    for solver, excess in excesses.items():
+        ratios = _ratios(excess, excesses["sparsegpt"])
         results[solver] = {
             "sites": len(ratios),
-            "error": geomean(errors[solver]),
+            "error": geomean(_ratios(excess, energies)),
             "error_ratio": geomean(ratios),
             "worst_ratio": max(ratios),
             "seconds": statistics.median(seconds[solver]),
-            "time_ratio": statistics.median(times),
+            "time_ratio": statistics.median(_ratios(seconds[solver], base_seconds)),
         }
     return results
+
+
+def _ratios(values: list[float], others: list[float]) -> list[float]:
+    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def geomean(values: list[float]) -> float:
@@ -87,9 +102,9 @@ def geomean(values: list[float]) -> float:
 
 def measure(
     files: list[Path], patterns: list[str], solvers: list[str], every: int, rounds: int
-) -> dict[str, dict[str, dict[str, Row]]]:
+) -> Results:
     """Return the rows of every solver, pattern and file."""
-    results: dict[str, dict[str, dict[str, Row]]] = {}
+    results: Results = {}
     for file in files:
         layers = storage.read(file)
         for text in patterns:
@@ -101,12 +116,23 @@ def measure(
     return results
 
 
+def merged(runs: list[Results]) -> Results:
+    """Return the rows of several runs; of a row that occurs twice the last one."""
+    results: Results = {}
+    for run in runs:
+        for name, patterns in run.items():
+            for pattern, found in patterns.items():
+                results.setdefault(name, {}).setdefault(pattern, {}).update(found)
+    return results
+
+
 def main() -> None:
     """Run the benchmark and print a table for each file and pattern."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layers", nargs="*", type=Path, metavar="LAYERS")
     parser.add_argument("--patterns", nargs="+", default=["2:4", "0.7"])
-    parser.add_argument("--solvers", nargs="+", default=NAMES, choices=NAMES)
+    choices = [*NAMES, *(name + BIAS for name in NAMES)]
+    parser.add_argument("--solvers", nargs="+", default=NAMES, choices=choices, metavar="NAME")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take each Nth layer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures")
@@ -118,7 +144,7 @@ def main() -> None:
         model, calibration = storage.minilm()
         storage.capture(model, str(calibration), files[0])
     if files[0].suffix == ".json":
-        results = json.loads(files[0].read_text())
+        results = merged([json.loads(file.read_text()) for file in files])
     else:
         solvers = ["sparsegpt", *(name for name in arguments.solvers if name != "sparsegpt")]
         every, rounds = arguments.every, arguments.rounds
@@ -158,13 +184,16 @@ def markdown(name: str, patterns: dict[str, dict[str, Row]]) -> str:
         "|---" * (1 + len(patterns)) + "|",
     ]
     for solver in sorted(first, key=lambda solver: -first[solver]["error_ratio"]):
-        cells = (found[solver] for found in patterns.values())
-        texts = (f"{cell['error_ratio']:.3f} ({cell['time_ratio']:.2g})" for cell in cells)
-        lines.append(f"| {solver} | " + " | ".join(texts) + " |")
+        cells = (found.get(solver) for found in patterns.values())
+        lines.append(f"| {solver} | " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(results: dict[str, dict[str, dict[str, Row]]], path: Path) -> None:
+def _cell(row: Row | None) -> str:
+    return f"{row['error_ratio']:.3f} ({row['time_ratio']:.2g})" if row else ""
+
+
+def plot(results: Results, path: Path) -> None:
     """Draw error against time, a row of panels for each file and a column for each pattern."""
     import matplotlib as mpl
 
