@@ -53,7 +53,7 @@ class NM:
         groups = scores.unflatten(-1, (-1, self.m))
         if (self.n, self.m) == (2, 4):
             mask = groups >= _second_of_four(groups).unsqueeze(-1)
-            if int(mask.sum()) * 2 == mask.numel():  # else there are ties
+            if int(mask.count_nonzero()) * 2 == mask.numel():  # else there are ties
                 return mask.flatten(-2)
         mask = _bool_like(groups)
         if self.m > _LARGEST_RANKED_GROUP:

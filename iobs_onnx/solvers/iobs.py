@@ -156,7 +156,7 @@ class _Part:
         """
         kept = self.iterate * self.mask
         base = torch.add(self.weight, self.iterate - kept, alpha=1.0 / growth)
-        return base.addmm(resolvent, kept.sub_(base))
+        return base.addmm_(resolvent, kept.sub_(base))
 
     def reheat(self, problem: Problem, cooling: float, noise: torch.Generator) -> None:
         """Go back to the best point, with `V/ρ` for a ρ that is `cooling` times smaller, shaken."""
@@ -215,5 +215,5 @@ PRESETS: dict[str, Solver] = {
     "fast": IOBS(rho=2.0, growth=1.0, saliency=0.5, iterations=2, refinements=2, tolerance=None),
     "balanced": IOBS(),
     # Of wider layers the tableaux take an hour a layer and more.
-    "best": CBS(start=IOBS(restarts=16), swaps=64, widest=2048),
+    "best": CBS(start=IOBS(restarts=16), swaps=128, widest=2048),
 }
