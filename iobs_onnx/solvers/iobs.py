@@ -215,5 +215,5 @@ PRESETS: dict[str, Solver] = {
     "fast": IOBS(rho=2.0, growth=1.0, saliency=0.5, iterations=2, refinements=2, tolerance=None),
     "balanced": IOBS(),
     # Of wider layers the tableaux take an hour a layer and more.
-    "best": CBS(start=IOBS(restarts=16), swaps=128, widest=2048),
+    "best": CBS(start=IOBS(restarts=16), swaps=64, widest=2048),
 }
