@@ -34,7 +34,7 @@ _OUTPUTS = 512
 # Up to so many inputs the result is held against plain magnitude pruning.
 _FEW_INPUTS = 64
 # Standard deviation of the factor that shakes an iterate before the search is taken up again.
-_SHAKE = 0.5
+_SHAKE = 0.8
 # Over-relaxation of the steps on a fixed mask.
 _RELAXATION = 1.6
 
@@ -215,5 +215,5 @@ PRESETS: dict[str, Solver] = {
     "fast": IOBS(rho=2.0, growth=1.0, saliency=0.5, iterations=2, refinements=2, tolerance=None),
     "balanced": IOBS(),
     # Of wider layers the tableaux take an hour a layer and more.
-    "best": CBS(start=IOBS(restarts=16), swaps=64, widest=2048),
+    "best": CBS(start=IOBS(restarts=24), swaps=64, widest=2048),
 }
