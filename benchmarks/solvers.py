@@ -177,13 +177,14 @@ def show(title: str, found: dict[str, Row]) -> None:
 
 def markdown(name: str, patterns: dict[str, dict[str, Row]]) -> str:
     """Return one file's table: error and, in parentheses, time, both relative to SparseGPT."""
-    first = next(iter(patterns.values()))
-    count = first["sparsegpt"]["sites"]
+    # Of each solver the row of the first pattern it was run at.
+    rows = {name: row for found in reversed(patterns.values()) for name, row in found.items()}
+    count = rows["sparsegpt"]["sites"]
     lines = [
         f"| {name}, {count} sites | " + " | ".join(patterns) + " |",
         "|---" * (1 + len(patterns)) + "|",
     ]
-    for solver in sorted(first, key=lambda solver: -first[solver]["error_ratio"]):
+    for solver in sorted(rows, key=lambda solver: -rows[solver]["error_ratio"]):
         cells = (found.get(solver) for found in patterns.values())
         lines.append(f"| {solver} | " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(lines) + "\n"
