@@ -126,7 +126,7 @@ def parse_sparsity(text: str | float | Pattern) -> Pattern:
 
 
 def top_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return the mask of the `keep` largest of all scores; ties keep the first.
+    """Return the mask of the `keep` largest of all scores `(out, in)`; ties keep the first.
 
     The mask has the memory layout of the scores, which must be free of NaN.
     """
@@ -134,9 +134,11 @@ def top_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:
         return _bool_like(scores).fill_(False)
     threshold = _kth_largest(scores, keep)
     mask = scores >= threshold
-    if (excess := int(mask.sum()) - keep) > 0:
-        ties = (scores == threshold).nonzero()[-excess:]
-        mask[tuple(ties.T)] = False
+    if (excess := int(mask.count_nonzero()) - keep) > 0:
+        ties = scores == threshold
+        rows = ties.any(1).nonzero()[:, 0]  # few: torch is slow to list entries of a transpose
+        places = ties[rows].nonzero()[-excess:]
+        mask[rows[places[:, 0]], places[:, 1]] = False
     return mask
 
 

@@ -18,7 +18,6 @@ Differences from ALPS:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ from iobs_onnx.solvers.problem import Problem, Solver, Sparse, inverse
 from iobs_onnx.solvers.refit import refit
 from iobs_onnx.sparsity import NM
 
-# Outputs that are worked on at once where they are independent: what fits a CPU's caches.
+# Outputs that are worked on at once where they are independent, so that temporaries stay small.
 _OUTPUTS = 512
 # Up to so many inputs the result is held against plain magnitude pruning.
 _FEW_INPUTS = 64
@@ -48,10 +47,10 @@ class IOBS:
         growth: factor on ρ an iteration; slower growth finds better supports.
         saliency: share of `([H⁻¹]_jj)^(-1/2)` in the scaling; the rest is `√H_jj`.
         settled: the search ends when at most this fraction of the mask changed.
-        iterations: the search ends then in any case.
+        inverses: the search ends in any case after so many; each is kept for as many iterations
+            as take about its time.
         restarts: how often the search is taken up again at `rho` from the best point, shaken;
             every output keeps its best support, of unstructured patterns within the budget.
-        refinements: over-relaxed proximal steps on the final mask, before the refit.
         tolerance: relative gradient on the support at which the refit ends; None for no refit,
             which leaves the weights near their optimum, not at it.
     """
@@ -60,25 +59,22 @@ class IOBS:
     growth: float = 1.02
     saliency: float = 0.75
     settled: float = 5e-4
-    iterations: int = 1000
+    inverses: int = 1000
     restarts: int = 0
-    refinements: int = 4
     tolerance: float | None = 1e-4
 
     def solve(self, problem: Problem) -> Sparse:
         """Return a weight that is optimal on its support, to `tolerance`."""
         scale = self._scale(problem)
         hessian = problem.damped / (scale * scale[:, None])
-        parts = _split(problem, scale[:, None])
-        rho = self._search(problem, parts, hessian)
+        state = _State(problem, scale[:, None])
+        rho = self._search(state, hessian)
         noise = torch.Generator(problem.weight.device).manual_seed(0)
         for _ in range(self.restarts):
-            for part in parts:
-                part.reheat(problem, rho / self.rho, noise)
-            self._search(problem, parts, hessian)
-        weight = torch.cat([part.best for part in parts], 1).T.contiguous()
-        mask = torch.cat([part.best_mask for part in parts], 1).T.contiguous()
-        return _no_worse_than_magnitude(problem, Sparse(weight, mask))
+            state.reheat(rho / self.rho, noise)
+            self._search(state, hessian)
+        found = Sparse(state.best.T.contiguous(), state.best_mask.T.contiguous())
+        return _no_worse_than_magnitude(problem, found)
 
     def _scale(self, problem: Problem) -> torch.Tensor:
         inverse = problem.inverse.diagonal()
@@ -86,99 +82,103 @@ class IOBS:
         scale = scale * inverse.pow(-self.saliency / 2)
         return scale / (inverse * scale.square()).mean().sqrt()
 
-    def _search(self, problem: Problem, parts: Sequence[_Part], hessian: torch.Tensor) -> float:
-        """Move every part's iterate until the masks have settled, then fit the weights.
+    def _search(self, state: _State, hessian: torch.Tensor) -> float:
+        """Move the iterate until the mask has settled, then fit the weights.
 
         Returns:
             The last ρ.
         """
         rho = self.rho
-        inputs, outputs = problem.weight.T.shape
+        inputs, outputs = state.weight.shape
         # An inverse costs about as much as 1.5·in/out steps.
         hold = max(2, min(8, round(1.5 * inputs / outputs)))
-        allowed = self.settled * problem.weight.numel()
-        growth = 1.0
+        allowed = self.settled * state.weight.numel()
         resolvent = _resolvent(hessian, rho)
-        for count in range(1, self.iterations + 1):
-            changed = sum(part.step(problem, resolvent, growth) for part in parts)
-            if changed <= allowed:
-                break
+        for count in range(self.inverses * hold):
             growth = 1.0
-            if self.growth != 1.0 and count % hold == 0:
+            if count and count % hold == 0:
                 growth = self.growth**hold
                 rho *= growth
                 resolvent = _resolvent(hessian, rho)
-        for part in parts:
-            part.refine(resolvent, self.refinements)
-            weight = part.iterate / part.scale * part.mask
-            if (least := self.tolerance) is not None:
-                weight = refit(part.dense, part.mask, weight, problem.damped, tolerance=least)
-            part.keep_better(problem, weight)
+            if state.step(resolvent, growth) <= allowed:
+                break
+        for _ in range(hold // 2):  # they cost no gradient to begin with, unlike the refit
+            state.move(resolvent, relaxation=_RELAXATION)
+        state.keep_better(self.tolerance)
         return rho
 
 
-class _Part:
-    """Some outputs, all of them unless they are independent. Tensors are `(in, out)`.
+class _State:
+    """Where the search stands. Tensors are `(in, out)`.
 
-    Inputs come first in memory, so that the projection's groups are whole contiguous rows.
-    The iterate `T = X + V/ρ` is all the state the search has: `D` is its kept part and `V/ρ` its
-    removed part.
+    Inputs come first in memory, so that the projection's groups are whole contiguous rows. The
+    iterate `T = X + V/ρ` is all that an iteration leaves to the next: `D` is its kept part and
+    `V/ρ` its removed part.
     """
 
-    def __init__(self, problem: Problem, dense: torch.Tensor, scale: torch.Tensor) -> None:
-        self.dense = dense
-        self.scale = scale
-        self.weight = dense * scale
-        self.iterate = self.weight.clone()
-        self.mask = self._project(problem)
-        self.best = dense
-        self.best_mask = self.mask
-        self._best_iterate = self.iterate
+    def __init__(self, problem: Problem, scale: torch.Tensor) -> None:
+        self._problem = problem
+        self._scale = scale
+        self._dense = problem.weight.T.contiguous()
+        self.weight = self._dense * scale
+        self._iterate = self.weight.clone()
+        self._mask = self._project()
+        self.best = self._dense
+        self.best_mask = self._mask
+        self._best_iterate = self._iterate
 
-    def _project(self, problem: Problem) -> torch.Tensor:
-        return problem.project(self.iterate.abs().T).T
+    def _project(self) -> torch.Tensor:
+        independent = isinstance(self._problem.pattern, NM)
+        parts = self._iterate.split(_OUTPUTS if independent else self._iterate.shape[1], 1)
+        return torch.cat([self._problem.project(part.abs().T).T for part in parts], 1)
 
-    def step(self, problem: Problem, resolvent: torch.Tensor, growth: float) -> int:
+    def step(self, resolvent: torch.Tensor, growth: float) -> int:
         """Take one proximal Newton step and projection; return how much of the mask changed."""
-        self.iterate = self._proximal(resolvent, growth)
-        previous, self.mask = self.mask, self._project(problem)
-        return int((self.mask != previous).count_nonzero())
+        self.move(resolvent, growth)
+        previous, self._mask = self._mask, self._project()
+        return int((self._mask != previous).count_nonzero())
 
-    def refine(self, resolvent: torch.Tensor, steps: int) -> None:
-        """Take over-relaxed steps on the mask as it is; they cost no gradient to begin with."""
-        for _ in range(steps):
-            self.iterate = self.iterate.lerp(self._proximal(resolvent), _RELAXATION)
-
-    def _proximal(self, resolvent: torch.Tensor, growth: float = 1.0) -> torch.Tensor:
-        """Return the next `X + V/ρ`; growing ρ shrinks `V/ρ`.
+    def move(self, resolvent: torch.Tensor, growth: float = 1.0, relaxation: float = 1.0) -> None:
+        """Take a proximal Newton step on the mask as it is; growing ρ shrinks `V/ρ`.
 
         With `A = ρ (H + ρI)⁻¹` the step is `X = W + A (D − V/ρ − W)`.
         """
-        kept = self.iterate * self.mask
-        base = torch.add(self.weight, self.iterate - kept, alpha=1.0 / growth)
-        return base.addmm_(resolvent, kept.sub_(base))
+        tensors = self.weight, self._iterate, self._mask
+        for weight, iterate, mask in zip(*(x.split(_OUTPUTS, 1) for x in tensors), strict=True):
+            kept = iterate * mask
+            base = torch.add(weight, iterate - kept, alpha=1.0 / growth)
+            iterate.lerp_(base.addmm_(resolvent, kept.sub_(base)), relaxation)
 
-    def reheat(self, problem: Problem, cooling: float, noise: torch.Generator) -> None:
+    def reheat(self, cooling: float, noise: torch.Generator) -> None:
         """Go back to the best point, with `V/ρ` for a ρ that is `cooling` times smaller, shaken."""
-        shape, device = self.dense.shape, self.dense.device
+        shape, device = self.weight.shape, self.weight.device
         shake = torch.randn(shape, generator=noise, device=device).mul_(_SHAKE).add_(1.0)
         iterate = self._best_iterate.where(self.best_mask, self._best_iterate * cooling)
-        self.iterate = iterate * shake
-        self.mask = self._project(problem)
+        self._iterate = iterate.mul_(shake)
+        self._mask = self._project()
 
-    def keep_better(self, problem: Problem, refitted: torch.Tensor) -> None:
-        """Take over the outputs that lower the error within the budget."""
-        if self.best is self.dense:
-            self.best, self.best_mask, self._best_iterate = refitted, self.mask, self.iterate
+    def keep_better(self, tolerance: float | None) -> None:
+        """Fit the weights, if to a tolerance; take over what lowers the error in the budget."""
+        problem, mask = self._problem, self._mask
+        weight = (self._iterate / self._scale).mul_(mask)
+        if tolerance is not None:
+            parts = (tensor.split(_OUTPUTS, 1) for tensor in (self._dense, mask, weight))
+            fitted = [
+                refit(dense, kept, start, problem.damped, tolerance=tolerance)
+                for dense, kept, start in zip(*parts, strict=True)
+            ]
+            weight = torch.cat(fitted, 1)
+        if self.best is self._dense:
+            self.best, self.best_mask, self._best_iterate = weight, mask, self._iterate
             return
-        deltas = [weight - self.dense for weight in (self.best, refitted)]
+        deltas = [found - self._dense for found in (self.best, weight)]
         errors = torch.stack([((problem.damped @ delta) * delta).sum(0) for delta in deltas])
-        counts = torch.stack([self.best_mask.sum(0), self.mask.sum(0)])
+        counts = torch.stack([self.best_mask.sum(0), mask.sum(0)])
         blocks = counts.shape[1:] if isinstance(problem.pattern, NM) else problem.blocks
         better = allocate(errors, counts, blocks).bool()
-        self.best = refitted.where(better, self.best)
-        self.best_mask = self.mask.where(better, self.best_mask)
-        self._best_iterate = self.iterate.where(better, self._best_iterate)
+        self.best = weight.where(better, self.best)
+        self.best_mask = mask.where(better, self.best_mask)
+        self._best_iterate = self._iterate.where(better, self._best_iterate)
 
 
 def _no_worse_than_magnitude(problem: Problem, found: Sparse) -> Sparse:
@@ -199,11 +199,6 @@ def _no_worse_than_magnitude(problem: Problem, found: Sparse) -> Sparse:
     return Sparse(plain.where(worse, found.weight), mask.where(worse, found.mask))
 
 
-def _split(problem: Problem, scale: torch.Tensor) -> list[_Part]:
-    width = _OUTPUTS if isinstance(problem.pattern, NM) else len(problem.weight)
-    return [_Part(problem, rows.T.contiguous(), scale) for rows in problem.weight.split(width)]
-
-
 def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
     """Return `ρ (H + ρI)⁻¹`."""
     shifted = hessian / rho
@@ -212,7 +207,7 @@ def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
 
 
 PRESETS: dict[str, Solver] = {
-    "fast": IOBS(rho=2.0, growth=1.0, saliency=0.5, iterations=2, refinements=2, tolerance=None),
+    "fast": IOBS(rho=2.0, saliency=0.5, inverses=1, tolerance=None),
     "balanced": IOBS(),
     # Tableaux take in³ a row: most of an hour for a layer of 4096 × 4096.
     "best": CBS(start=IOBS(restarts=24), swaps=64, widest=2048),
