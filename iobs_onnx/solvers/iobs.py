@@ -32,6 +32,8 @@ from iobs_onnx.sparsity import NM
 _OUTPUTS = 512
 # Up to so many inputs the result is held against plain magnitude pruning.
 _FEW_INPUTS = 64
+# Random vectors that the diagonal of an inverse is estimated by.
+_PROBES = 512
 # Standard deviation of the factor that shakes an iterate before the search is taken up again.
 _SHAKE = 0.8
 # Over-relaxation of the steps on a fixed mask.
@@ -77,7 +79,7 @@ class IOBS:
         return _no_worse_than_magnitude(problem, found)
 
     def _scale(self, problem: Problem) -> torch.Tensor:
-        inverse = problem.inverse.diagonal()
+        inverse = inverse_diagonal(problem)
         scale = problem.damped.diagonal().pow((1.0 - self.saliency) / 2)
         scale = scale * inverse.pow(-self.saliency / 2)
         return scale / (inverse * scale.square()).mean().sqrt()
@@ -90,7 +92,7 @@ class IOBS:
         """
         rho = self.rho
         inputs, outputs = state.weight.shape
-        # An inverse costs about as much as 1.5·in/out steps.
+        # An inverse takes about as long as 1.5·in/out steps.
         hold = max(2, min(8, round(1.5 * inputs / outputs)))
         allowed = self.settled * state.weight.numel()
         resolvent = _resolvent(hessian, rho)
@@ -102,7 +104,7 @@ class IOBS:
                 resolvent = _resolvent(hessian, rho)
             if state.step(resolvent, growth) <= allowed:
                 break
-        for _ in range(hold // 2):  # they cost no gradient to begin with, unlike the refit
+        for _ in range(max(2, hold // 2)):  # they cost no gradient to begin with, unlike the refit
             state.move(resolvent, relaxation=_RELAXATION)
         state.keep_better(self.tolerance)
         return rho
@@ -197,6 +199,22 @@ def _no_worse_than_magnitude(problem: Problem, found: Sparse) -> Sparse:
         errors.append(((delta @ problem.damped) * delta).sum(1))
     worse = (errors[1] < errors[0])[:, None]
     return Sparse(plain.where(worse, found.weight), mask.where(worse, found.mask))
+
+
+def inverse_diagonal(problem: Problem) -> torch.Tensor:
+    """Return `diag (H + λI)⁻¹`, for more than `_PROBES` inputs an estimate.
+
+    With the Cholesky factor `L` it holds the squared norms of the columns of `L⁻¹`, which random
+    projections keep to within some `√(2/_PROBES)` (Johnson, Lindenstrauss, 1984).
+    """
+    inputs, device = len(problem.factor), problem.factor.device
+    if inputs <= _PROBES:
+        probes = torch.eye(inputs, device=device)
+    else:
+        noise = torch.Generator(device).manual_seed(0)
+        probes = torch.randn(inputs, _PROBES, generator=noise, device=device) / _PROBES**0.5
+    solved = torch.linalg.solve_triangular(problem.factor.mT, probes, upper=True)
+    return solved.square().sum(1)
 
 
 def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:

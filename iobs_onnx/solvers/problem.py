@@ -68,13 +68,22 @@ class Problem:
         return diagonal
 
     @cached_property
+    def factor(self) -> torch.Tensor:
+        """Lower Cholesky factor of `H + λI`.
+
+        Raises:
+            SolverError: where `H + λI` is not positive definite in float32.
+        """
+        return cholesky(self.damped, f"H + λI with λ = {self.damping:.3g}")
+
+    @cached_property
     def inverse(self) -> torch.Tensor:
         """`(H + λI)⁻¹`.
 
         Raises:
             SolverError: where `H + λI` is not positive definite in float32.
         """
-        return inverse(self.damped, f"H + λI with λ = {self.damping:.3g}")
+        return torch.cholesky_inverse(self.factor)
 
     def project(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the mask of the best scores `(out, in)` that the pattern allows."""
@@ -86,8 +95,8 @@ class Problem:
         return mask
 
 
-def inverse(matrix: torch.Tensor, what: str) -> torch.Tensor:
-    """Return the inverse of a symmetric positive definite matrix by Cholesky.
+def cholesky(matrix: torch.Tensor, what: str) -> torch.Tensor:
+    """Return the lower Cholesky factor of a symmetric positive definite matrix.
 
     Raises:
         SolverError: where it is not positive definite; `what` names it in the message.
@@ -98,4 +107,9 @@ def inverse(matrix: torch.Tensor, what: str) -> torch.Tensor:
             f"{what} is not positive definite (pivot {int(info)} of {len(matrix)}): "
             "raise the damping or calibrate on more samples"
         )
-    return torch.cholesky_inverse(factor)
+    return factor
+
+
+def inverse(matrix: torch.Tensor, what: str) -> torch.Tensor:
+    """Return the inverse of a symmetric positive definite matrix, as :func:`cholesky` raises."""
+    return torch.cholesky_inverse(cholesky(matrix, what))

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from iobs_onnx.errors import DataError, OptionError, SolverError
 from iobs_onnx.layer import solve_layer, solve_stacked
 from iobs_onnx.solvers import ALPS, EBD, LOBS, OBS, SOLVERS, Solver, make_solver
+from iobs_onnx.solvers.iobs import inverse_diagonal
+from iobs_onnx.solvers.problem import Problem
 from iobs_onnx.sparsity import NM, Unstructured
 
 Matrix = NDArray[np.float64]
@@ -238,9 +240,25 @@ def test_iobs_begins_in_the_weak_directions_of_correlated_inputs(seed: int) -> N
 @pytest.mark.parametrize("seed", range(3))
 def test_iobs_fast_takes_more_steps_where_outputs_are_few(seed: int) -> None:
     # With two steps of search and two of refinement whatever the shape it ended at 2.5 to 3 times
-    # the error of ALPS here; six inputs an output pay for more of them.
+    # the error of ALPS here; six inputs an output pay for eight of them.
     fast, alps = _errors_on_neighbouring_pixels(seed, make_solver("iobs", "fast"), "alps")
     assert fast < alps
+
+
+@pytest.mark.parametrize("inputs", [96, 1024])
+def test_inverse_diagonal_is_exact_or_close(inputs: int) -> None:
+    place = torch.arange(inputs, dtype=torch.float64)
+    hessian = (
+        0.9 ** (place[:, None] - place).abs() * (1 + place.sqrt()[:, None]) * (1 + place.sqrt())
+    )
+    problem = Problem(torch.ones(1, inputs), hessian.float(), 1e-3, NM(2, 4), (1,))
+    damped = hessian + 1e-3 * torch.eye(inputs, dtype=torch.float64)
+    ratio = inverse_diagonal(problem) / torch.linalg.inv(damped).diagonal()
+    if inputs <= 512:
+        assert ratio.sub(1).abs().max() < 1e-3
+    else:  # standard deviation of an estimate by 512 vectors: √(2/512)
+        assert ratio.sub(1).square().mean().sqrt() == pytest.approx((2 / 512) ** 0.5, rel=0.1)
+        assert ratio.mean() == pytest.approx(1.0, abs=0.01)
 
 
 def _errors_on_neighbouring_pixels(seed: int, *solvers: str | Solver) -> list[float]:
