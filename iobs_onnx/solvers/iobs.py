@@ -68,7 +68,7 @@ class IOBS:
     def solve(self, problem: Problem) -> Sparse:
         """Return a weight that is optimal on its support, to `tolerance`."""
         scale = self._scale(problem)
-        hessian = problem.damped / (scale * scale[:, None])
+        hessian = (problem.damped / scale).div_(scale[:, None])
         state = _State(problem, scale[:, None])
         rho = self._search(state, hessian)
         noise = torch.Generator(problem.weight.device).manual_seed(0)
