@@ -47,7 +47,8 @@ class Place:
         provider: of ONNX Runtime.
         budget: bytes of weights and Hessians in a segment, and of activations between two.
         folder: for activations beyond the budget.
-        runtime: version of ONNX Runtime and providers in use, once a session was opened.
+        runtime: version of ONNX Runtime and providers in use, once a session was opened, and
+            what became of bfloat16 where there is none.
     """
 
     provider: Literal["auto", "cpu", "cuda"]
@@ -75,8 +76,9 @@ class Place:
             return None
         given = stream.kinds(segment.inputs)
         part = instrument(model, made, given)
-        if self.provider == "cpu" or "CUDAExecutionProvider" not in available_providers():
-            widen(part)  # the CPU has no kernels for bfloat16
+        on_cpu = self.provider == "cpu" or "CUDAExecutionProvider" not in available_providers()
+        if on_cpu and widen(part):  # the CPU has no kernels for bfloat16
+            self.runtime["bfloat16"] = "computed in float32"
         session = open_session(part, self.provider)
         self.runtime.update(session_info(session))
         return session

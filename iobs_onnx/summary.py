@@ -71,6 +71,8 @@ def _summary(report: PruneReport) -> list[RenderableType]:
     if calibration.padding_kept:
         lines.append(f"padding counts in {', '.join(calibration.padding_kept)}")
     lines += calibration.notes
+    if "bfloat16" in report.runtime:
+        lines.append(f"bfloat16 was {report.runtime['bfloat16']}: a CPU runs no bfloat16")
     for output in report.verification:
         lines.append(
             f"output {output.name}: relative error {output.relative_error:.4f}, cosine "

@@ -12,15 +12,20 @@ _NARROW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 _TYPES = ("to", "dtype", "output_dtype")
 
 
-def widen(model: ir.Model) -> None:
+def widen(model: ir.Model) -> bool:
     """Let a model compute in float32 what it computes in bfloat16, in place.
 
     Values keep their meaning; they are only rounded less. Call it on a copy that is run, never on
     a model that is written.
+
+    Returns:
+        Whether there was anything in bfloat16.
     """
+    found = False
     for slot in slots(model):
         tensor = slot.tensor
         if tensor.dtype == _NARROW:
+            found = True
             slot.put(ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name))
     values: list[ir.Value] = []
     for graph in model.graphs():
@@ -30,7 +35,10 @@ def widen(model: ir.Model) -> None:
         for name in _TYPES:
             attribute = node.attributes.get(name)
             if attribute is not None and not attribute.is_ref() and attribute.value == _NARROW:
+                found = True
                 node.attributes[name] = ir.AttrInt64(name, _WIDE)
     for value in values:
         if value.dtype == _NARROW:
+            found = True
             value.dtype = _WIDE
+    return found

@@ -19,6 +19,7 @@ from iobs_onnx.passes import check_pattern, find_sites, load_model, stored_slots
 from iobs_onnx.pipeline import PruneResult
 from iobs_onnx.progress import Progress
 from iobs_onnx.sparsity import NM
+from iobs_onnx.summary import render
 
 Feed = dict[str, np.ndarray]
 
@@ -459,6 +460,9 @@ def test_a_bfloat16_model_on_the_cpu(constant: bool, tmp_path: Path) -> None:
             provider="cpu",
         )
         slots = stored_slots(load_model(tmp_path / "out.onnx"))
+        narrow = dtype == ml_dtypes.bfloat16
+        assert result.report.runtime.get("bfloat16") == ("computed in float32" if narrow else None)
+        assert any("bfloat16" in str(line) for line in render(result.report)) == narrow
         found.append([slots[name].tensor.numpy() for name in "wv"])
         assert [array.dtype for array in found[-1]] == [np.dtype(dtype)] * 2
         sites = find_sites(result.model).sites
