@@ -14,11 +14,12 @@ import torch
 
 from iobs_onnx.errors import DataError
 
-# Rows a product takes at once: a slice of X that stays in a CPU's cache.
-_ROWS = {"cpu": 512, "cuda": 65536}
-# float32 sums are moved to float64 after this many products. Each addition to a sum that has
-# grown large rounds by up to 6e-8 of it, all in one direction when the data have an offset:
-# 5000 additions lose 7e-6, 20000 lose 4e-5.
+# Rows a product takes at once, and products added in float32 before their sum goes to float64.
+# An addition to a sum that has grown large rounds by up to 6e-8 of it, all in one direction when
+# the data have an offset: 64 additions lose up to 1e-6, 512 up to 7.6e-6, 5000 some 7e-5. A BLAS
+# may add the rows of a product one by one, and does where columns are few, so both counts bound a
+# chain of additions; a product is never begun from the sum, which would join the two chains.
+_ROWS = 512
 _FLUSH = 64
 
 
@@ -108,11 +109,14 @@ class _Strip:
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add `leftᵀ right`; both `(groups, n, in)`."""
-        width, size = self.panel.shape[1], _ROWS[right.device.type]
-        for a, b in zip(left.split(size, dim=1), right.split(size, dim=1), strict=True):
+        width = self.panel.shape[1]
+        product = torch.empty_like(self.panel)
+        for a, b in zip(left.split(_ROWS, dim=1), right.split(_ROWS, dim=1), strict=True):
             if self.pending == _FLUSH:
                 self.flush()
-            self.panel.baddbmm_(a[..., self.start : self.start + width].mT, b[..., self.first :])
+            columns = a[..., self.start : self.start + width]
+            torch.bmm(columns.mT, b[..., self.first :], out=product)
+            self.panel += product
             self.pending += 1
 
     def flush(self) -> None:
@@ -180,8 +184,9 @@ class _Sums:
 class GramAccumulator(_Sums):
     """Sums `XᵀX` over batches, on the device it is given.
 
-    Relative Frobenius error against float64 is below 1e-5 for any number of batches. Run it
-    under :func:`exact_float32` where the process may have chosen faster products.
+    Relative Frobenius error against float64 is below 1e-5 for any number of batches, in whatever
+    order the BLAS adds. Run it under :func:`exact_float32` where the process may have chosen
+    faster products.
 
     Args:
         features: the order `in` of the matrix.
