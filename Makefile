@@ -56,9 +56,11 @@ lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED)  ## mypy, on an installed copy so that it sees the mapped packages
-	rm -rf build/types && $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
+types: $(INSTALLED)  ## mypy and the direction of imports, on an installed copy that has the mapped packages inside
+	rm -rf build/types build/lib
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p iobs_onnx
+	cd build/types && PYTHONPATH=. ../../$(BIN)/lint-imports --no-cache ../../pyproject.toml
 
 bench: $(INSTALLED)  ## speed and quality against the peers; minutes
 	$(BIN)/python benchmarks/layers.py

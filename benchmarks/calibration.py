@@ -24,8 +24,8 @@ import onnx_ir as ir
 from iobs_onnx.hessian import Hessian
 from iobs_onnx.passes import find_sites, instrument
 from iobs_onnx.runtime import Store, Stream, calibrate
-from iobs_onnx.runtime.data import PAD_MASK, open_data
-from iobs_onnx.runtime.feeds import Feed
+from iobs_onnx.runtime.data.feeds import Feed
+from iobs_onnx.runtime.data.open import PAD_MASK, open_data
 from iobs_onnx.runtime.session import input_specs, open_session
 from iobs_onnx.site import Rows, Tap
 

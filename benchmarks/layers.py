@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from iobs_onnx.hessian import combine
 from iobs_onnx.passes import find_sites, instrument, load_model, stored_slots
 from iobs_onnx.runtime import Store, Stream, calibrate, input_specs, open_data, open_session
-from iobs_onnx.runtime.data import PAD_MASK
+from iobs_onnx.runtime.data.open import PAD_MASK
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_LAYERS = ROOT / "build" / "layers" / "all-MiniLM-L6-v2.safetensors"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from iobs_onnx.inspection import Inspection, inspect
     from iobs_onnx.layer import Solution, solve_layer
-    from iobs_onnx.pipeline import PruneResult, prune
-    from iobs_onnx.report import PruneReport
+    from iobs_onnx.pruning.pipeline import PruneResult, prune
+    from iobs_onnx.report.record import PruneReport
     from iobs_onnx.sparsity import NM, Unstructured
     from iobs_onnx.timing import Bench, bench
     from iobs_onnx.verification import Verification, verify
@@ -25,9 +25,9 @@ _HOMES = {
     "inspect": "inspection",
     "Solution": "layer",
     "solve_layer": "layer",
-    "PruneResult": "pipeline",
-    "prune": "pipeline",
-    "PruneReport": "report",
+    "PruneResult": "pruning.pipeline",
+    "prune": "pruning.pipeline",
+    "PruneReport": "report.record",
     "NM": "sparsity",
     "Unstructured": "sparsity",
     "Verification": "verification",

@@ -18,10 +18,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from iobs_onnx.commands import bench, pages
+from iobs_onnx.commands import bench, report
 from iobs_onnx.config import PruneConfig, parse_bytes, read_toml
 from iobs_onnx.errors import CheckError, GateError, IobsError, OptionError
-from iobs_onnx.progress import Progress
+from iobs_onnx.pruning.progress import Progress
 
 # What a TOML file may hold besides the fields of PruneConfig.
 _RUN_OPTIONS = ("calibration", "holdout", "work_dir", "output", "report_dir")
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add_inspect(commands)
     _add_verify(commands)
-    pages.add(commands)
+    report.add(commands)
     bench.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -205,10 +205,10 @@ def _prune(arguments: argparse.Namespace) -> int:
             raise OptionError(f"--{name} is missing: give it as a flag or in the --config file")
     report_dir = options.pop("report_dir", None)
 
-    from iobs_onnx.pipeline import prune
-    from iobs_onnx.report import require_report_dir
-    from iobs_onnx.summary import render
-    from iobs_onnx.terminal import Bars, make_console
+    from iobs_onnx.commands.console import Bars, make_console
+    from iobs_onnx.pruning.pipeline import prune
+    from iobs_onnx.report.record import require_report_dir
+    from iobs_onnx.report.tables import render
 
     if report_dir is not None:
         require_report_dir(report_dir)
@@ -246,8 +246,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from iobs_onnx.summary import declined_table
-    from iobs_onnx.terminal import make_console
+    from iobs_onnx.commands.console import make_console
+    from iobs_onnx.report.tables import declined_table
 
     taps = dict.fromkeys(tap for site in found.sites for tap in site.taps)
     labels = {tap: str(i) for i, tap in enumerate(taps, start=1)}
@@ -279,7 +279,7 @@ def _print_segments(segments: Sequence[dict[str, Any]], *, as_json: bool) -> int
 
     from rich.table import Table
 
-    from iobs_onnx.terminal import make_console
+    from iobs_onnx.commands.console import make_console
 
     table = Table(title=f"{len(segments)} segments")
     for heading in ("nodes", "weights, MB", "reads", "taps", "sites"):
@@ -314,8 +314,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from iobs_onnx.summary import declined_table
-    from iobs_onnx.terminal import make_console
+    from iobs_onnx.commands.console import make_console
+    from iobs_onnx.report.tables import declined_table
 
     console = make_console()
     table = Table(title=f"{len(result.sites)} weights")

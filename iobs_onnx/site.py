@@ -269,7 +269,7 @@ class Declined:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What :func:`iobs_onnx.passes.find_sites` found, in graph order."""
+    """What :func:`iobs_onnx.passes.sites.find_sites` found, in graph order."""
 
     sites: tuple[Site, ...]
     declined: tuple[Declined, ...]

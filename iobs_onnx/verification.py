@@ -25,7 +25,7 @@ from iobs_onnx.passes import (
     load_model,
     stored_slots,
 )
-from iobs_onnx.select import select
+from iobs_onnx.selection import select
 from iobs_onnx.site import Declined
 from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 
@@ -160,8 +160,8 @@ def verify(
 def _outputs(
     dense: Model | None, sparse: ir.Model, data: Any, provider: Literal["auto", "cpu", "cuda"]
 ) -> list[dict[str, Any]]:
+    from iobs_onnx.engine import Place, compare, default_memory_budget
     from iobs_onnx.runtime import input_specs, open_data
-    from iobs_onnx.segments import Place, compare, default_memory_budget
 
     feeds = open_data(data, input_specs(sparse), holdout=0).calibration
     reference = sparse if dense is None else load_model(dense)

@@ -1,8 +1,7 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
-from iobs_onnx.passes.chains import Chain, find_chains, permute_channels
-from iobs_onnx.passes.check import Violation, achieved_sparsity, check_model, check_pattern
-from iobs_onnx.passes.deploy import (
+from iobs_onnx.passes.checks.check import Violation, achieved_sparsity, check_model, check_pattern
+from iobs_onnx.passes.checks.deploy import (
     Engine,
     deployment_warnings,
     eligibility_2_4,
@@ -10,8 +9,18 @@ from iobs_onnx.passes.deploy import (
     is_2_4,
     trtexec_command,
 )
-from iobs_onnx.passes.emit import masks_of, sparse_bytes, store_sparsely
-from iobs_onnx.passes.files import (
+from iobs_onnx.passes.edit.biases import Surroundings, find_surroundings, rewrite_biases
+from iobs_onnx.passes.edit.integers import (
+    Codes,
+    channel_axis,
+    require_opset,
+    store_as_integers,
+    why_not_integers,
+)
+from iobs_onnx.passes.edit.permute import Chain, find_chains, permute_channels
+from iobs_onnx.passes.edit.rewrite import rewrite
+from iobs_onnx.passes.edit.sparse_form import masks_of, sparse_bytes, store_sparsely
+from iobs_onnx.passes.files.load_save import (
     bring_into_memory,
     load_model,
     mask_file,
@@ -20,24 +29,15 @@ from iobs_onnx.passes.files import (
     save_model,
     saving,
 )
-from iobs_onnx.passes.find_sites import find_sites
-from iobs_onnx.passes.instrument import instrument
-from iobs_onnx.passes.partition import Segment, Sequential, partition
-from iobs_onnx.passes.prepare import prepare
-from iobs_onnx.passes.quantize import (
-    Codes,
-    channel_axis,
-    require_opset,
-    store_as_integers,
-    why_not_integers,
-)
-from iobs_onnx.passes.rewrite import rewrite
-from iobs_onnx.passes.sizes import Sizes, model_sizes
-from iobs_onnx.passes.surroundings import Surroundings, find_surroundings, rewrite_biases
-from iobs_onnx.passes.tensors import Slot, release, stored_slots
-from iobs_onnx.passes.tokens import find_token_input
-from iobs_onnx.passes.unknown import outputs_out_of_reach
-from iobs_onnx.passes.widen import widen
+from iobs_onnx.passes.files.sizes import Sizes, model_sizes
+from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
+from iobs_onnx.passes.sites.find_sites import find_sites
+from iobs_onnx.passes.sites.out_of_reach import outputs_out_of_reach
+from iobs_onnx.passes.sites.token_input import find_token_input
+from iobs_onnx.passes.taps.bfloat16 import widen
+from iobs_onnx.passes.taps.expose import prepare
+from iobs_onnx.passes.taps.instrument import instrument
+from iobs_onnx.passes.taps.partition import Segment, Sequential, partition
 
 __all__ = [
     "Chain",

@@ -1,14 +1,17 @@
 """Everything that runs a model in ONNX Runtime; no graph is rewritten here."""
 
-from iobs_onnx.runtime.audio import AudioSamples, read_audio_config
 from iobs_onnx.runtime.calibrate import Calibration, calibrate
-from iobs_onnx.runtime.data import Data, default_pad_mask, join, open_data
-from iobs_onnx.runtime.executor import Batch, Store, Stream
-from iobs_onnx.runtime.feeds import Feed
-from iobs_onnx.runtime.images import ImageSamples
-from iobs_onnx.runtime.mix import with_random_tokens
-from iobs_onnx.runtime.noise import RandomSamples
-from iobs_onnx.runtime.samples import Samples
+from iobs_onnx.runtime.data.audio import AudioSamples, read_audio_config
+from iobs_onnx.runtime.data.feeds import Feed
+from iobs_onnx.runtime.data.images import ImageSamples
+from iobs_onnx.runtime.data.open import Data, default_pad_mask, join, open_data
+from iobs_onnx.runtime.data.random_numbers import RandomSamples
+from iobs_onnx.runtime.data.random_tokens import with_random_tokens
+from iobs_onnx.runtime.data.samples import Samples
+from iobs_onnx.runtime.data.self_written import SelfSamples
+from iobs_onnx.runtime.data.table import TableSamples
+from iobs_onnx.runtime.data.text import TextSamples
+from iobs_onnx.runtime.fidelity import Fidelity, OutputFidelity
 from iobs_onnx.runtime.session import (
     InputSpec,
     available_providers,
@@ -16,10 +19,7 @@ from iobs_onnx.runtime.session import (
     open_session,
     session_info,
 )
-from iobs_onnx.runtime.table import TableSamples
-from iobs_onnx.runtime.text import TextSamples
-from iobs_onnx.runtime.verify import Fidelity, OutputFidelity
-from iobs_onnx.runtime.written import SelfSamples
+from iobs_onnx.runtime.stream import Batch, Store, Stream
 
 __all__ = [
     "AudioSamples",

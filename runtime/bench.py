@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from iobs_onnx.errors import DependencyError
-from iobs_onnx.runtime.feeds import Feed
+from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.session import available_providers, run_errors
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from iobs_onnx.hessian import (
     Hessian,
     exact_float32,
 )
-from iobs_onnx.runtime.executor import Batch
-from iobs_onnx.runtime.patches import read_rows
+from iobs_onnx.runtime.rows import read_rows
+from iobs_onnx.runtime.stream import Batch
 from iobs_onnx.site import Patches, Rows, Tap
 
 

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.runtime.images import Preprocess
+from iobs_onnx.runtime.data.images import Preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 

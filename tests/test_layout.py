@@ -14,14 +14,6 @@ from iobs_onnx.solvers import SOLVERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"iobs_onnx": "iobs_onnx", "passes": "iobs_onnx.passes", "runtime": "iobs_onnx.runtime"}
-# Who may import whom: everything here, and nothing further up.
-BASE = ("errors", "sparsity", "site", "hessian")
-FORBIDDEN = {
-    "iobs_onnx.passes": ("runtime", "solvers", "pipeline", "cli", "hessian", "layer", "config"),
-    "iobs_onnx.runtime": ("passes", "solvers", "pipeline", "cli", "layer", "config"),
-    "iobs_onnx.solvers": ("passes", "runtime", "pipeline", "cli", "layer", "config"),
-    "iobs_onnx.recovery": ("passes", "runtime", "pipeline", "cli", "layer", "config", "solvers"),
-}
 
 
 def test_public_names_are_pinned() -> None:
@@ -63,23 +55,14 @@ def test_every_package_is_listed_in_pyproject() -> None:
 
 
 @pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])
-def test_imports_point_down(name: str, file: Path) -> None:
-    imported = set()
+def test_imports_are_absolute_and_pass_the_root_by(name: str, file: Path) -> None:
+    """Their direction is in pyproject.toml; `make lint` holds it."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            imported.add(node.module or "")
+            assert node.level == 0, name
+            assert node.module != "iobs_onnx", name
         elif isinstance(node, ast.Import):
-            imported.update(alias.name for alias in node.names)
-    assert "iobs_onnx" not in imported, "nothing imports from the root"
-    for package, above in FORBIDDEN.items():
-        if name == package or name.startswith(package + "."):
-            for module in above:
-                full = f"iobs_onnx.{module}"
-                assert not any(i == full or i.startswith(full + ".") for i in imported)
-    if name in {f"iobs_onnx.{module}" for module in BASE}:
-        inside = {i for i in imported if i.startswith("iobs_onnx.")}
-        assert inside <= {f"iobs_onnx.{module}" for module in BASE}
+            assert all(alias.name != "iobs_onnx" for alias in node.names), name
 
 
 def test_solver_names_in_the_options_are_those_of_the_registry() -> None:

@@ -60,7 +60,7 @@ def test_both_hold_every_module_and_template(dist: Path) -> None:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for name in ("README.md", "LICENSE", "pyproject.toml", "passes/ops/gemm.py"):
         assert name in names
-    assert "iobs_onnx/page/templates/report.html" in names
+    assert "iobs_onnx/report/page/templates/report.html" in names
 
 
 @pytest.fixture(scope="module")

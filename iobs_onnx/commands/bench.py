@@ -50,7 +50,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from iobs_onnx.terminal import make_console
+    from iobs_onnx.commands.console import make_console
 
     console = make_console()
     table = Table(title="median of interleaved rounds")

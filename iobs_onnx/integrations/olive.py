@@ -15,7 +15,7 @@ from typing import Any
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DependencyError, OptionError
-from iobs_onnx.pipeline import prune
+from iobs_onnx.pruning.pipeline import prune
 
 try:
     from olive.common.config_utils import validate_config

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.errors import DataError, DependencyError, ModelError
 from iobs_onnx.passes import load_model
-from iobs_onnx.pipeline import prune
+from iobs_onnx.pruning.pipeline import prune
 from iobs_onnx.runtime import TableSamples, input_specs
 
 try:

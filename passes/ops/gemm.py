@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from iobs_onnx.passes.attributes import integer
-from iobs_onnx.passes.layout import Layout
+from iobs_onnx.passes.graph.attributes import integer
+from iobs_onnx.passes.graph.layout import Layout
 from iobs_onnx.passes.ops.use import Handler, Read, Use, operand
 from iobs_onnx.site import Rows
 

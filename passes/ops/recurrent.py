@@ -10,11 +10,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from iobs_onnx.passes.attributes import integer, text
-from iobs_onnx.passes.follow import constant_array
-from iobs_onnx.passes.layout import Layout
+from iobs_onnx.passes.graph.attributes import integer, text
+from iobs_onnx.passes.graph.layout import Layout
+from iobs_onnx.passes.graph.tensors import constant_array, stored_slot
 from iobs_onnx.passes.ops.use import Handler, Read, Use, operand, optional
-from iobs_onnx.passes.tensors import stored_slot
 from iobs_onnx.site import PreviousStates, Rows, Stacked
 
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})

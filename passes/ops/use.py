@@ -9,7 +9,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from iobs_onnx.errors import ModelError
-from iobs_onnx.passes.layout import Layout
+from iobs_onnx.passes.graph.layout import Layout
 from iobs_onnx.site import RowForm
 
 

@@ -137,7 +137,7 @@ def work(first: int, last: int, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     inputs = Inputs()
     # Loaded before the limit is set, so that it bounds the inputs alone.
-    import iobs_onnx.pipeline  # noqa: F401
+    import iobs_onnx.pruning.pipeline  # noqa: F401
 
     used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, used + LIMIT_BYTES))

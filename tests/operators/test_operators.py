@@ -32,7 +32,7 @@ from iobs_onnx.passes import (
     stored_slots,
 )
 from iobs_onnx.passes.ops import OP_HANDLERS
-from iobs_onnx.runtime.patches import read_rows
+from iobs_onnx.runtime.rows import read_rows
 from iobs_onnx.site import Site
 from iobs_onnx.sparsity import NM, parse_sparsity
 

@@ -11,7 +11,7 @@ from recurrent_reference import gru, lstm, previous_states, rnn
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes import find_sites, instrument, load_model, prepare
-from iobs_onnx.runtime.patches import read_rows
+from iobs_onnx.runtime.rows import read_rows
 from iobs_onnx.site import PreviousStates, Rows, Stacked
 
 TIME, BATCH, INPUT, HIDDEN = 5, 3, 8, 4
@@ -166,7 +166,7 @@ def test_padding_is_left_out(op_type, direction, start, run):
 
 
 def test_layout_batch_first():
-    # ONNX Runtime has no kernel for it; tests/runtime/test_patches.py reads such states.
+    # ONNX Runtime has no kernel for it; tests/runtime/test_rows.py reads such states.
     proto, _ = make(start="input", layout=1)
     assert sites_of(proto)["W"].taps[0].form == Rows(-1)
     states, start = sites_of(proto)["R"].taps

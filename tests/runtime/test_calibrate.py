@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.passes import find_sites, instrument
 from iobs_onnx.runtime import calibrate as calibrate_batches
-from iobs_onnx.runtime.executor import Store, Stream
 from iobs_onnx.runtime.session import open_session
+from iobs_onnx.runtime.stream import Store, Stream
 from iobs_onnx.site import Patches, Rows, Tap
 
 H = Tap("h", Rows(-1), 6)
@@ -113,7 +113,7 @@ def test_float16_activations(build):
 
 
 def test_one_batch_is_alive_at_a_time(session, monkeypatch):
-    module = sys.modules["iobs_onnx.runtime.executor"]
+    module = sys.modules["iobs_onnx.runtime.stream"]
     seen: list[weakref.ref[torch.Tensor]] = []
     alive = []
 

@@ -1,0 +1,224 @@
+"""Solved segments on disk: memory is freed of them, and a killed run goes on behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from iobs_onnx.errors import OptionError
+from iobs_onnx.passes import Codes
+from iobs_onnx.pruning.solve import Solved
+from iobs_onnx.report.mask_picture import MaskPicture
+from iobs_onnx.report.record import SiteReport
+from iobs_onnx.runtime import Feed
+from iobs_onnx.site import Site
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What one site became; the tensors are on disk.
+
+    Attributes:
+        weight: its sparse tensor.
+        bias: its new bias, None if it stays.
+        codes: the integers that the weight is to be written as, None for none.
+        report: its line of the report.
+    """
+
+    weight: ir.ExternalTensor
+    bias: ir.ExternalTensor | None
+    codes: Codes | None
+    report: SiteReport
+
+
+class Shelf:
+    """Keeps what was solved in a folder; every record is whole or not there.
+
+    A record is a `.json` file, written last, with a `.data` file of tensors beside it.
+
+    Args:
+        folder: where; it exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def claim(self, run: Mapping[str, Any]) -> None:
+        """Keep the folder for one run.
+
+        Args:
+            run: all that decides its result, as JSON types.
+
+        Raises:
+            OptionError: the folder holds another run.
+        """
+        run = json.loads(json.dumps(run))
+        held = self._read("run")
+        if held is None:
+            self._write("run", run)
+            return
+        if differ := [key for key in {**held, **run} if held.get(key) != run.get(key)]:
+            raise OptionError(
+                f"work-dir {self.folder}: holds a run with other {', '.join(sorted(differ))}; "
+                "give another folder, or empty this one"
+            )
+
+    def digested(
+        self, name: str, feeds: Iterable[Feed | tuple[Feed, float]]
+    ) -> Iterator[Feed | tuple[Feed, float]]:
+        """Yield the feeds; after the last, see that they are those of the run that goes on.
+
+        Raises:
+            OptionError: an earlier run read other feeds.
+        """
+        hashed = hashlib.sha256()
+        for item in feeds:
+            _hash(hashed, item)
+            yield item
+        found = {"sha256": hashed.hexdigest()}
+        held = self._read(f"{name}-feeds")
+        if held is None:
+            self._write(f"{name}-feeds", found)
+        elif held != found:
+            raise OptionError(
+                f"work-dir {self.folder}: holds a run on other calibration data; give another "
+                "folder, or empty this one"
+            )
+
+    def put(
+        self, name: str, solved: Mapping[Site, Solved], facts: Mapping[str, Any]
+    ) -> dict[Site, Finished]:
+        """Write solved sites and facts about them; return the sites as they lie there."""
+        arrays = {
+            (site, what): array
+            for site, item in solved.items()
+            for what, array in _arrays(item).items()
+            if array is not None
+        }
+        tensors = ir.external_data.convert_tensors_to_external(
+            [ir.Tensor(np.ascontiguousarray(array)) for array in arrays.values()],
+            self.folder,
+            f"{name}.data",
+        )
+        places = {key: _place(tensor) for key, tensor in zip(arrays, tensors, strict=True)}
+        sites = {
+            site.name: {
+                "tensors": {what: places.get((site, what)) for what in _arrays(item)},
+                "axis": None if item.codes is None else item.codes.axis,
+                "report": dataclasses.asdict(item.report),
+            }
+            for site, item in solved.items()
+        }
+        self._write(name, {"facts": dict(facts), "sites": sites})
+        found = self.get(name, list(solved))
+        assert found is not None, "it was written just now"
+        return found[0]
+
+    def get(
+        self, name: str, sites: Sequence[Site]
+    ) -> tuple[dict[Site, Finished], dict[str, Any]] | None:
+        """Return finished sites and the facts about them; None where there is no such record.
+
+        Sites that were not solved, for want of rows, are left out.
+        """
+        held = self._read(name)
+        if held is None:
+            return None
+        done = [site for site in sites if site.name in held["sites"]]
+        return {site: self._finished(name, held["sites"][site.name]) for site in done}, held[
+            "facts"
+        ]
+
+    def _finished(self, name: str, item: Mapping[str, Any]) -> Finished:
+        found = {
+            what: None if place is None else self._tensor(f"{name}.data", place)
+            for what, place in item["tensors"].items()
+        }
+        weight, values, scale = found["weight"], found["values"], found["scale"]
+        assert weight is not None, "every finished site has a weight"
+        codes = None
+        if values is not None and scale is not None:
+            codes = Codes(values.numpy(), scale.numpy(), item["axis"])
+        report = {**item["report"], "mask": MaskPicture(**item["report"]["mask"])}
+        return Finished(weight, found["bias"], codes, SiteReport(**report))
+
+    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write facts that go with no tensors."""
+        self._write(name, facts)
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """Return what :meth:`note` wrote, or None."""
+        return self._read(name)
+
+    def _tensor(self, file: str, place: Mapping[str, Any]) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            file,
+            place["offset"],
+            place["length"],
+            ir.DataType[place["dtype"]],
+            shape=ir.Shape(place["shape"]),
+            name="",
+            base_dir=self.folder,
+        )
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        beside = self.folder / f".{name}.part"
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.folder / f"{name}.json")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            text = (self.folder / f"{name}.json").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        content: dict[str, Any] = json.loads(text)
+        return content
+
+
+def digest(feeds: Iterable[Feed]) -> str:
+    """Return a SHA-256 of feeds, in hexadecimal."""
+    hashed = hashlib.sha256()
+    for feed in feeds:
+        _hash(hashed, feed)
+    return hashed.hexdigest()
+
+
+def _hash(hashed: hashlib._Hash, item: Feed | tuple[Feed, float]) -> None:
+    feed, weight = item if isinstance(item, tuple) else (item, 1.0)
+    for key in sorted(feed):
+        array = np.asarray(feed[key])
+        hashed.update(f"{key} {array.dtype} {array.shape} {weight!r}".encode())
+        strings = array.dtype.kind in "OSU"
+        hashed.update(repr(array.tolist()).encode() if strings else array.tobytes())
+
+
+def _arrays(solved: Solved) -> dict[str, NDArray[np.generic] | None]:
+    codes = solved.codes
+    return {
+        "weight": solved.stored,
+        "bias": solved.bias,
+        "values": None if codes is None else codes.values,
+        "scale": None if codes is None else codes.scale,
+    }
+
+
+def _place(tensor: ir.ExternalTensor) -> dict[str, Any]:
+    return {
+        "offset": tensor.offset,
+        "length": tensor.length,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape.numpy()),
+    }

@@ -1,0 +1,118 @@
+"""Judge a sparse model by what calibration has not seen: held-out feeds, or the user's metric."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+
+from iobs_onnx.engine import Place, compare
+from iobs_onnx.errors import CheckError, OptionError
+from iobs_onnx.passes import save_model
+from iobs_onnx.runtime import Data, OutputFidelity
+
+Metric = Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model is worth.
+
+    Attributes:
+        outputs: how near each output comes to the dense model's on held-out feeds.
+        error: mean of their relative errors; None without held-out feeds.
+        metric: the user's, higher is better; None without one.
+    """
+
+    outputs: list[OutputFidelity]
+    error: float | None
+    metric: float | None
+
+    def better_than(self, other: Verdict) -> bool:
+        """Whether the metric is higher or, without one, the error lower."""
+        if self.metric is not None and other.metric is not None:
+            return self.metric > other.metric
+        return self.error is not None and other.error is not None and self.error < other.error
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Runs a sparse model beside the dense one.
+
+    Attributes:
+        dense: what it is compared with.
+        data: its held-out feeds are read anew for every model.
+        place: where models run.
+        metric: of the user; None for none.
+    """
+
+    dense: ir.Model
+    data: Data
+    place: Place
+    metric: Metric | None = None
+
+    def outputs(self, sparse: ir.Model) -> list[OutputFidelity]:
+        """Compare outputs on the held-out feeds; nothing where there are none.
+
+        Raises:
+            CheckError: the sparse model puts out values that are not finite.
+        """
+        if not self.data.held_out_samples:
+            return []
+        found = compare(self.dense, sparse, self.data.held_out, self.place)
+        if broken := [output.name for output in found if not output.finite]:
+            raise CheckError(
+                f"output {broken[0]!r} of the sparse model is not finite on held-out feeds; "
+                "nothing was written"
+            )
+        return found
+
+    def __call__(self, sparse: ir.Model) -> Verdict:
+        """Judge a model.
+
+        Raises:
+            CheckError: its outputs, or the metric's value, are not finite.
+        """
+        outputs = self.outputs(sparse)
+        errors = [output.relative_error for output in outputs]
+        error = sum(errors) / len(errors) if errors else None
+        return Verdict(outputs, error, None if self.metric is None else self.measure(sparse))
+
+    def measure(self, model: ir.Model) -> float:
+        """Return the user's metric of a model."""
+        assert self.metric is not None, "only where there is one"
+        with TemporaryDirectory(dir=self.place.folder) as folder:
+            file = Path(folder, "model.onnx")
+            save_model(model, file)
+            value = float(self.metric(os.fspath(file)))
+        if not math.isfinite(value):
+            raise CheckError(f"the metric gave {value} for the pruned model; nothing was written")
+        return value
+
+
+def find_metric(metric: str | Metric | None) -> Metric | None:
+    """Return the function that `module:callable` names; a function is returned as it is.
+
+    Raises:
+        OptionError: it cannot be imported.
+    """
+    if not isinstance(metric, str):
+        return metric
+    # A console script does not see modules in the working directory, `python -m` does.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, _, name = metric.partition(":")
+    try:
+        found: Metric = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OptionError(
+            f"metric {metric!r}: expected module:callable, which can be imported ({error})"
+        ) from error
+    return found

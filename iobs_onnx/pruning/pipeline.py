@@ -1,0 +1,245 @@
+"""The whole sequence: a model and calibration data in, a sparse model and its report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from iobs_onnx.config import PruneConfig, make_config
+from iobs_onnx.engine import Place, default_memory_budget
+from iobs_onnx.errors import DependencyError, ModelError, OptionError
+from iobs_onnx.passes import (
+    bring_into_memory,
+    find_sites,
+    load_model,
+    model_hash,
+    require_opset,
+)
+from iobs_onnx.pruning.checkpoint import Shelf, digest
+from iobs_onnx.pruning.gates import require_output_error
+from iobs_onnx.pruning.judge import Judge, find_metric
+from iobs_onnx.pruning.leave_dense import leave_dense, reason
+from iobs_onnx.pruning.prior.allocate import allocate
+from iobs_onnx.pruning.prior.permute import permuted
+from iobs_onnx.pruning.progress import Progress
+from iobs_onnx.pruning.rounding import store_quantized
+from iobs_onnx.pruning.rounds import UNREACHED, Rounds
+from iobs_onnx.pruning.sources import calibration_sources
+from iobs_onnx.pruning.write import (
+    describe_deployment,
+    describe_file,
+    require_form,
+    set_form,
+    write,
+)
+from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
+from iobs_onnx.runtime import Data, InputSpec, input_specs, join, open_data
+from iobs_onnx.selection import decline, select
+from iobs_onnx.site import Candidates
+
+Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+
+# Folders for activations that do not fit in memory begin with this.
+_STREAMS = "streams-"
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model.
+
+    Attributes:
+        model: the sparse model, in memory.
+        report: what was done, what was not, and what it cost.
+        output: the file it was written to, None if none was asked for.
+    """
+
+    model: ir.Model
+    report: PruneReport
+    output: str | None
+
+
+def prune(
+    model: Model,
+    *,
+    sparsity: Any,
+    calibration: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    holdout: Any = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    solver: str = "iobs",
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Prune a model's weights to a sparsity pattern, layer by layer, and say what it cost.
+
+    Each site's weight `W` is replaced by a sparse one that minimises `½ E‖W x_d − X x_s‖²` over
+    the calibration data: `x_d` is the activation that meets it in the dense model, `x_s` the one
+    that meets it in the model as pruned so far.
+
+    Args:
+        model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
+        sparsity: `"2:4"`, any `"N:M"`, `0.7` or `"70%"`.
+        calibration: an `.npz` (input name -> array whose first axis is samples), a directory of
+            `.npz` feeds, a `.jsonl` or `.parquet`, `"module:callable"`, an iterable of feeds, a
+            dict of arrays, an ONNX Runtime `CalibrationDataReader`, `"random"`, or `"self"` (text
+            that a causal language model writes); or a list of these, which are mixed. None where
+            `text`, `images` or `audio` among the options names the data.
+        output: the file to write; nothing is written if anything fails.
+        holdout: data that only judge, in any of these forms. Without it a tenth of the calibration
+            data, at most 64 samples, is held out.
+        work_dir: a folder, made if needed, that keeps what is solved: the same call goes on there
+            after it was cut off. Delete it when the run is done.
+        solver: a name in :data:`iobs_onnx.solvers.SOLVERS`.
+        progress: is told how far calibration and solving are.
+        options: the other fields of :class:`iobs_onnx.config.PruneConfig`.
+
+    Raises:
+        InputError: the model, the data or an option is at fault.
+        SolverError: a site could not be solved.
+        CheckError: the result does not hold what it promises.
+        GateError: it does not hold a bound that an option set.
+    """
+    config = make_config({"sparsity": sparsity, "solver": solver, **options})
+    started = time.perf_counter()
+    progress = progress or Progress()
+    device = _device(config)
+    metric = find_metric(config.metric)
+
+    dense = load_model(model)
+    require_form(dense, output, config.emit)
+    chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
+    _require_sites(chosen)
+    if config.quantize is not None:
+        require_opset(dense, chosen.sites)
+    inputs = input_specs(dense)
+    sources = calibration_sources(calibration, config, dense, model, inputs)
+    data = _open(sources, holdout, inputs, config)
+    with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
+        shelf = Shelf(folder)
+        if work_dir is not None:
+            held_out = None if holdout is None else digest(data.held_out)
+            run = {"options": config.as_dict(), "held-out data": held_out}
+            shelf.claim({**_identity(model, work_dir), **run})
+        budget = config.memory_budget or default_memory_budget()
+        place = Place(config.provider, budget, Path(spill))
+        judge = Judge(dense, data, place, metric)
+        start, permutations = permuted(dense, chosen.sites, data, config, place, device)
+        allocation = allocate(start, chosen.sites, data, config, place, device)
+        patterns = allocation.patterns
+        rounds = Rounds(start, chosen.sites, patterns, config, place, device, shelf, judge)
+        with progress.stage("prune", rounds.steps(data.batches)) as advance:
+            reached, verdict = rounds.run(data, advance)
+        finished, verdict = leave_dense(reached, verdict, config, judge, rounds.pruned)
+        require_output_error(verdict.outputs, config.max_output_error)
+        sparse = rounds.pruned(finished)
+        if output is None:
+            bring_into_memory(sparse)
+        form = set_form(sparse, list(finished), config)
+        held = [patterns[site] for site in finished]
+        sites = store_quantized(sparse, finished, held)
+        written, checker = write(sparse, model, sites, output, config, place.folder)
+
+    left = [
+        decline(site, reason(config) if site in reached else f"calibration data: {UNREACHED}")
+        for site in chosen.sites
+        if site not in finished
+    ]
+    report = build_report(
+        config=config,
+        model={**describe_file(model), "checker": checker},
+        output={**written, **form},
+        runtime={**place.runtime, "device": str(device), "segments": len(rounds.segments)},
+        calibration=CalibrationRecord.of(
+            sources, data, dataclasses.asdict(rounds.facts), rounds.random_tokens
+        ),
+        sites=[item.report for item in finished.values()],
+        declined=[*chosen.declined, *left],
+        deployment=describe_deployment(sparse, sites, held, output, data.held_out, config),
+        permutations=permutations,
+        allocation=allocation.as_list(),
+        rounds=rounds.trace,
+        fidelity=verdict.outputs,
+        seconds={**rounds.seconds, "total": time.perf_counter() - started},
+    )
+    if output is None:
+        return PruneResult(sparse, report, None)
+    return PruneResult(load_model(output), report, os.fspath(output))
+
+
+def _require_sites(chosen: Candidates) -> None:
+    if chosen.sites:
+        return
+    reasons = sorted({item.reason for item in chosen.declined})
+    why = f"every candidate is declined: {'; '.join(reasons)}" if reasons else "it holds no weights"
+    raise ModelError(f"there is nothing to prune in this model: {why}")
+
+
+def _open(
+    sources: Sequence[Any], holdout: Any, inputs: Sequence[InputSpec], config: PruneConfig
+) -> Data:
+    """Open all sources of calibration data, and the one that only judges."""
+    parts = [
+        open_data(
+            source,
+            inputs,
+            samples=config.samples,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            **({} if holdout is None else {"holdout": 0}),
+        )
+        for source in sources
+    ]
+    judging = None if holdout is None else open_data(holdout, inputs, holdout=0)
+    data = join(parts, judging)
+    if config.rounds > 1 or config.allocate == "error":  # these read the feeds more than once
+        data.calibration = list(data.calibration)
+        data.batches = len(data.calibration)
+    return data
+
+
+def _device(config: PruneConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise DependencyError(
+            "device cuda: torch sees no CUDA device; install a CUDA build of torch or use "
+            "--device cpu"
+        )
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+@contextmanager
+def _work_folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Enter the folder for what is solved; one that was not asked for goes with the run."""
+    if work_dir is None:
+        with TemporaryDirectory(prefix="iobs-onnx-") as temporary:
+            yield Path(temporary)
+        return
+    folder = Path(work_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{_STREAMS}*"):  # of a run that was cut off
+            shutil.rmtree(left)
+    except OSError as error:
+        raise OptionError(f"work-dir {work_dir}: cannot be used ({error.strerror})") from error
+    yield folder
+
+
+def _identity(model: Any, work_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what two runs that share a work folder have in common, besides options and feeds."""
+    if not isinstance(model, str | os.PathLike):
+        raise OptionError(f"work-dir {work_dir}: give the model as a file, to be known again")
+    return {"model": model_hash(model), "version": importlib.metadata.version("iobs-onnx")}

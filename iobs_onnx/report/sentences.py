@@ -1,0 +1,60 @@
+"""What became of the model besides its zeros, in sentences that the terminal and the page share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from iobs_onnx.report.record import geomean
+
+Report = Mapping[str, Any]
+
+
+def outcome(report: Report) -> list[str]:
+    """Return a sentence each on rounding, sizes and the order of channels, where there is one.
+
+    Args:
+        report: the content of `report.json`.
+    """
+    return [*_rounding(report), *_sizes(report), *_order(report)]
+
+
+def _rounding(report: Report) -> list[str]:
+    totals = report["totals"]
+    nearest = totals.get("nearest_error_geomean")
+    if nearest is None:
+        return []
+    count = sum(site["quantized"] == "int8" for site in report["sites"])
+    return [
+        f"{count} weights are int8, and the layer errors include that; had they been rounded to "
+        f"the nearest, the geometric mean would be {nearest:.4g} instead of "
+        f"{totals['layer_error_geomean']:.4g}"
+    ]
+
+
+def _sizes(report: Report) -> list[str]:
+    """Say how large the files are, and what a form other than the dense one brought."""
+    model, out = report["model"], report["output"]
+    if out.get("bytes") is None:
+        return []
+    text = f"written as {out['form']}: {out['bytes']:,} bytes, {out['zstd_bytes']:,} with zstd"
+    if model.get("bytes") is not None:
+        text += f"; the dense model takes {model['bytes']:,}, {model['zstd_bytes']:,} with zstd"
+    lines = [text]
+    if out["left_dense"]:
+        lines.append(f"{len(out['left_dense'])} tensors stay dense: report.json says why")
+    if out["refused"]:
+        lines.append(f"ONNX Runtime does not load this form: {out['refused']}")
+    return lines
+
+
+def _order(report: Report) -> list[str]:
+    permutations = report.get("permutations") or []
+    if not permutations:
+        return []
+    taken = [item for item in permutations if item["taken"]]
+    gain = geomean([item["after"] / item["before"] for item in taken])
+    return [
+        f"{len(taken)} set{'s' * (len(taken) != 1)} of channels put in another order"
+        + ("" if gain is None else f": {gain:.3f} × the layer error of their readers")
+    ]

@@ -1,0 +1,1 @@
+"""What a written model holds, and what deployment engines make of it."""

@@ -1,0 +1,1 @@
+"""What is changed in a model: stored weights, biases, their form and their order."""

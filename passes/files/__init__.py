@@ -1,0 +1,1 @@
+"""Models on disk: read without touching weights, refused where unsound, written whole."""

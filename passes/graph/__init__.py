@@ -1,0 +1,1 @@
+"""What every pass knows of a graph: its tensors, names, attributes and walks over it."""

@@ -1,0 +1,1 @@
+"""Calibration data of every kind, as feeds."""
