@@ -210,7 +210,8 @@ def test_combine_takes_an_absent_drift_for_none():
 
 
 def test_dead_inputs():
-    hessian = Hessian(torch.diag(torch.tensor([1.0, 0.0, 2.0]))[None], 4, torch.zeros(1, 3))
+    matrix = torch.diag(torch.tensor([1.0, 0.0, 2.0]))[None]
+    hessian = Hessian(matrix, 4, 4.0, torch.zeros(1, 3))
     assert dead_inputs(hessian.matrix).tolist() == [[False, True, False]]
 
 

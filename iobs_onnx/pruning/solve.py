@@ -161,6 +161,7 @@ def _centred(hessian: Hessian, share: float) -> Hessian:
     return Hessian(
         hessian.matrix - share * _outer(mean, mean),
         hessian.rows,
+        hessian.weight,
         mean,
         None
         if drift is None

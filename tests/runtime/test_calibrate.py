@@ -1,5 +1,6 @@
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 from onnx import TensorProto, helper
 
 from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.hessian import Hessian, combine
 from iobs_onnx.passes import find_sites, instrument
 from iobs_onnx.runtime import calibrate as calibrate_batches
+from iobs_onnx.runtime.calibrate import Sums, collect
 from iobs_onnx.runtime.session import open_session
-from iobs_onnx.runtime.stream import Store, Stream
+from iobs_onnx.runtime.stream import Batch, Store, Stream
 from iobs_onnx.site import Patches, Rows, Tap
 
 H = Tap("h", Rows(-1), 6)
@@ -324,3 +327,64 @@ def test_magika_hessian_gives_the_energy_of_every_output(magika_model):
         hessian = hessians[site.taps[0]].matrix[0].numpy()
         found = np.einsum("oi,ij,oj->o", weight, hessian, weight)
         np.testing.assert_allclose(found, energy, rtol=1e-3, atol=1e-3 * energy.max())
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 6])
+def test_any_split_of_the_batches_gives_the_sums_of_the_whole(cut: int) -> None:
+    """Also where the parts hold different shares of rows that weigh more, or none of a tap."""
+    random = np.random.default_rng(0)
+    r = Tap("r", Rows(), 3)
+
+    def batches(seed: int) -> list[Batch]:
+        drawn = np.random.default_rng(seed)
+        sizes, weights = [40, 3, 25, 1, 60, 9, 30], [1.0, 2.6, 1.0, 1.0, 0.4, 1.0, 2.6]
+        return [
+            Batch(
+                {
+                    "h": torch.from_numpy(drawn.normal(1, 1, (size, 6)).astype("f")),
+                    "r": torch.from_numpy(drawn.normal(1, 1, (size, 3)).astype("f")),
+                },
+                None if index % 3 else random.random((size,)) < 0.7,
+                weight,
+            )
+            for index, (size, weight) in enumerate(zip(sizes, weights, strict=True))
+        ]
+
+    ours, theirs = batches(1), batches(2)
+    theirs = [replace(b, mask=a.mask) for a, b in zip(ours, theirs, strict=True)]
+
+    def sums(part: slice) -> Sums:
+        return collect([H], iter(ours[part]), iter(theirs[part]), beside=[(H, r)])
+
+    whole = sums(slice(None)).finish()
+    merged = sums(slice(cut))
+    merged.merge(sums(slice(cut, None)))
+    found = merged.finish()
+    assert found.batches == whole.batches == 7
+    left, right = found.hessians[H], whole.hessians[H]
+    assert (left.rows, left.weight) == (right.rows, pytest.approx(right.weight, rel=1e-12))
+    weights = np.concatenate([np.full(len(b.values["h"]), b.weight) for b in ours])
+    kept = np.concatenate(
+        [np.ones(len(b.values["h"]), bool) if b.mask is None else b.mask for b in ours]
+    )
+    x = np.concatenate([b.values["h"].double().numpy() for b in ours])[kept]
+    expected = (x * weights[kept, None]).T @ x / weights[kept].sum()
+    # Both round each sum to float32 once.
+    np.testing.assert_allclose(left.matrix[0], expected, rtol=1e-5)
+    for a, b in (
+        (left.matrix, right.matrix),
+        (left.mean, right.mean),
+        (left.drift.matrix, right.drift.matrix),
+        (left.drift.mean, right.drift.mean),
+        (found.residuals[H, r].matrix, whole.residuals[H, r].matrix),
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert_combines_like(
+        whole.hessians[H], [sums(p).finish().hessians[H] for p in (slice(cut), slice(cut, None))]
+    )
+
+
+def assert_combines_like(whole: Hessian, parts: list[Hessian]) -> None:
+    both = combine(parts)
+    torch.testing.assert_close(both.matrix, whole.matrix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both.mean, whole.mean, rtol=1e-5, atol=1e-5)
