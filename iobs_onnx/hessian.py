@@ -122,20 +122,19 @@ class _Strip:
             self.panel += product
             self.pending += 1
 
-    def flush(self) -> None:
+    def flush(self) -> torch.Tensor:
+        """Move the latest products to the float64 sum, and return that."""
         if self.total is None:
             self.total = self.panel.double()
         else:
             self.total += self.panel
         self.panel.zero_()
         self.pending = 0
+        return self.total
 
     def merge(self, other: _Strip) -> None:
         """Add the sums of other rows; both are flushed."""
-        self.flush()
-        other.flush()
-        assert self.total is not None, "it was flushed"
-        self.total += other.total
+        self.flush().add_(other.flush().to(self.panel.device))
 
     def mean(self, weight: float) -> torch.Tensor:
         sums = self.panel.double() if self.total is None else self.total + self.panel

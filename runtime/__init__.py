@@ -1,6 +1,6 @@
 """Everything that runs a model in ONNX Runtime; no graph is rewritten here."""
 
-from iobs_onnx.runtime.calibrate import Calibration, calibrate
+from iobs_onnx.runtime.calibrate import Calibration, Sums, calibrate, collect
 from iobs_onnx.runtime.data.audio import AudioSamples, read_audio_config
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.data.images import ImageSamples
@@ -36,10 +36,12 @@ __all__ = [
     "SelfSamples",
     "Store",
     "Stream",
+    "Sums",
     "TableSamples",
     "TextSamples",
     "available_providers",
     "calibrate",
+    "collect",
     "default_pad_mask",
     "input_specs",
     "join",

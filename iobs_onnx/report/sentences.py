@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from iobs_onnx.report.record import geomean
+from iobs_onnx.report.totals import geomean
 
 Report = Mapping[str, Any]
 

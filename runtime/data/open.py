@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,11 @@ class Data:
     samples: int = 0
     held_out_samples: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def in_memory(self) -> Data:
+        """Return data whose feeds can be iterated more than once; these are read to their end."""
+        feeds = list(self.calibration)
+        return replace(self, calibration=feeds, batches=len(feeds))
 
 
 def open_data(

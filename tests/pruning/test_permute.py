@@ -12,10 +12,11 @@ from onnx import helper, numpy_helper
 
 import iobs_onnx
 from iobs_onnx.config import make_config
-from iobs_onnx.engine import Place
+from iobs_onnx.engine import Engine
 from iobs_onnx.errors import OptionError
 from iobs_onnx.passes import find_sites, load_model, save_model
 from iobs_onnx.pruning.prior.permute import permuted
+from iobs_onnx.pruning.records import Run
 from iobs_onnx.runtime import input_specs, open_data
 from iobs_onnx.selection import select
 
@@ -35,8 +36,9 @@ def reorder(path: Path, feeds: Feeds, scratch: Path) -> list[dict]:
     config = make_config({"sparsity": "2:4", "permute": True})
     sites = select(find_sites(dense), config.sparsity).sites
     data = open_data(feeds, input_specs(dense), holdout=0)
-    place = Place("cpu", 2**30, scratch)
-    model, records = permuted(dense, sites, data, config, place, torch.device("cpu"))
+    engine = Engine("cpu", 2**30, scratch)
+    run = Run(dense, sites, {}, data.in_memory(), config, engine, torch.device("cpu"))
+    model, records = permuted(run)
     save_model(model, scratch / "permuted.onnx")
     expected = outputs(path, feeds[0])
     found = outputs(scratch / "permuted.onnx", feeds[0])

@@ -10,44 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 import iobs_onnx
 from iobs_onnx.errors import GateError, OptionError
-from iobs_onnx.pruning.checkpoint import Shelf
+from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.prior.allocate import GRID, spend
-
-RNG = np.random.default_rng(7)
-WIDTH = 16
-
-
-@pytest.fixture(scope="module")
-def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four linears with ReLU between them, and correlated inputs beside it."""
-    weights = {f"w{i}": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32) for i in range(4)}
-    nodes, value = [], "x"
-    for name in weights:
-        nodes += [
-            helper.make_node("MatMul", [value, name], [f"{name}.out"], name=name),
-            helper.make_node("Relu", [f"{name}.out"], [f"{name}.relu"]),
-        ]
-        value = f"{name}.relu"
-    kind = onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "mlp",
-        [helper.make_tensor_value_info("x", kind, ["n", WIDTH])],
-        [helper.make_tensor_value_info(value, kind, ["n", WIDTH])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    folder = tmp_path_factory.mktemp("mlp")
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, folder / "mlp.onnx")
-    mixing = RNG.normal(size=(WIDTH, WIDTH))
-    for part in ("a", "b", "c"):
-        rows = RNG.normal(size=(256, WIDTH)) @ mixing
-        np.savez(folder / f"{part}.npz", x=rows.astype(np.float32))
-    return folder
 
 
 def prune(folder: Path, output: Path, **options: Any) -> iobs_onnx.PruneResult:
@@ -208,18 +176,18 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
     whole = tmp_path / "whole.onnx"
     prune(mlp, whole, work_dir=tmp_path / "whole", **options)
     kept = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    write, output = Shelf._write, tmp_path / "out.onnx"
+    write, output = Checkpoint._write, tmp_path / "out.onnx"
     for most in range(len(kept)):
         work = tmp_path / f"work{most}"
         left = itertools.count()
 
-        def cut(self: Shelf, name: str, content: Any, left=left, most=most) -> None:
+        def cut(self: Checkpoint, name: str, content: Any, left=left, most=most) -> None:
             if next(left) == most:
                 raise _CutOffError
             write(self, name, content)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Shelf, "_write", cut)
+            patch.setattr(Checkpoint, "_write", cut)
             try:
                 prune(mlp, output, work_dir=work, **options)
                 break  # all was written

@@ -1,0 +1,42 @@
+"""A small model with data that its layers correlate on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+RNG = np.random.default_rng(7)
+WIDTH = 16
+
+
+@pytest.fixture(scope="session")
+def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four linears with ReLU between them, and correlated inputs beside it."""
+    weights = {f"w{i}": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32) for i in range(4)}
+    nodes, value = [], "x"
+    for name in weights:
+        nodes += [
+            helper.make_node("MatMul", [value, name], [f"{name}.out"], name=name),
+            helper.make_node("Relu", [f"{name}.out"], [f"{name}.relu"]),
+        ]
+        value = f"{name}.relu"
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", kind, ["n", WIDTH])],
+        [helper.make_tensor_value_info(value, kind, ["n", WIDTH])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    folder = tmp_path_factory.mktemp("mlp")
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "mlp.onnx")
+    mixing = RNG.normal(size=(WIDTH, WIDTH))
+    for part in ("a", "b", "c"):
+        rows = RNG.normal(size=(256, WIDTH)) @ mixing
+        np.savez(folder / f"{part}.npz", x=rows.astype(np.float32))
+    return folder
