@@ -6,24 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
+from iobs_onnx.runtime.differentiable import products
 from iobs_onnx.runtime.differentiable.activations import by_name
 from iobs_onnx.runtime.differentiable.context import Context
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return `a b`; with a matrix on the right one gemm, forwards and backwards."""
-    if b.ndim != 2 or a.ndim < 3:
-        if not a.is_floating_point() and not a.is_complex():
-            return _integers(a, b)
+    """Return `a b` as numpy.matmul; with a matrix on the right one gemm, forwards and backwards."""
+    if not a.is_floating_point() and not a.is_complex():
+        return torch.matmul(a.long(), b.long()).to(a.dtype)
+    if b.ndim != 2 or a.ndim < 2:
         return torch.matmul(a, b)
-    if not a.is_floating_point():
-        return _integers(a, b)
-    rows = torch.mm(a.reshape(-1, a.shape[-1]), b)
-    return rows.view(*a.shape[:-1], b.shape[-1])
-
-
-def _integers(a: Tensor, b: Tensor) -> Tensor:
-    return torch.matmul(a.long(), b.long()).to(a.dtype)
+    if a.ndim == 2:
+        return products.product(a, b)
+    return products.product(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[-1])
 
 
 def matmul(context: Context, a: Tensor, b: Tensor) -> Tensor:
@@ -39,11 +35,11 @@ def gemm(context: Context, a: Tensor, b: Tensor, c: Tensor | None = None) -> Ten
     if not a.is_floating_point():
         y = (alpha * torch.mm(a.long(), b.long())).to(a.dtype)
         y = y if c is None else y + (beta * c).to(a.dtype)
-    elif c is not None and c.ndim <= 2:
-        y = torch.addmm(c, a, b, alpha=alpha, beta=beta)
     else:
-        y = torch.mm(a, b)
+        y = products.product(a, b)
         y = y if alpha == 1 else alpha * y
+        if c is not None:
+            y = y + (c if beta == 1 else beta * c)
     name = context.text("activation", "")
     if name:
         parameters = [
