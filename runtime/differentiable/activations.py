@@ -71,9 +71,8 @@ def swish(context: Context, x: Tensor) -> Tensor:
     return x * torch.sigmoid(context.number("alpha", default) * x)
 
 
-def swiglu(context: Context, x: Tensor) -> Tensor:
-    """SwiGLU: `a σ(α a) b` with the two halves of an axis."""
-    gate, value = x.chunk(2, dim=context.integer("axis", -1))
+def swiglu(context: Context, gate: Tensor, value: Tensor) -> Tensor:
+    """SwiGLU: `a σ(α a) b`."""
     return gate * torch.sigmoid(context.number("alpha", 1.0) * gate) * value
 
 

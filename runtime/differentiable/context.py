@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class Context:
         operands: how many inputs it has; inputs after them are captured by its bodies.
         attributes: name to int, float, str, tuple of these, or Tensor.
         bodies: attribute name to graph.
+        types: element types of the inputs as the model declares them, None where it does not.
+        memo: what a function keeps of one call for the next.
         precision: in which types floats are computed.
     """
 
@@ -50,6 +53,8 @@ class Context:
     attributes: Mapping[str, Any]
     precision: Precision = "own"
     bodies: Mapping[str, Body] = field(default_factory=dict)
+    types: tuple[ir.DataType | None, ...] = ()
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def integer(self, name: str, default: int) -> int:
         """Return an attribute that is one integer."""

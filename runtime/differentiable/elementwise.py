@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import reduce
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from iobs_onnx.runtime.differentiable.context import Context, Operator
 
 # Integers that torch can hold but hardly compute with.
 WIDENED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+_NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 
 
 def unary(function: Callable[[Tensor], Tensor]) -> Operator:
@@ -153,22 +155,33 @@ def dropout(
 
 def cast(context: Context, x: Tensor) -> Tensor:
     """Cast to the attribute `to`."""
-    return _cast(x, context.dtype(context.integer("to", 1)))
+    return _cast(context, x, ir.DataType(context.integer("to", 1)))
 
 
 def cast_like(context: Context, x: Tensor, like: Tensor) -> Tensor:
     """CastLike: to the type of the second input."""
-    return _cast(x, like.dtype)
+    declared = context.types[1]
+    return narrowed(x, like.dtype) if declared is None else _cast(context, x, declared)
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.dtype == dtype:
+def _cast(context: Context, x: Tensor, kind: ir.DataType) -> Tensor:
+    dtype = context.dtype(kind)
+    if x.dtype == dtype and kind not in _NIBBLES:
         return x
-    narrow = dtype.itemsize == 1 and dtype.is_floating_point
-    if narrow and x.is_floating_point():
-        # ONNX saturates by default, as QuantizeLinear does; torch gives NaN or infinity.
-        bounds = torch.finfo(dtype)
-        finite = x.clamp(bounds.min, bounds.max)
-        fnuz = dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-        x = torch.where(x.isnan() | (x.isinf() & fnuz), x, finite) if fnuz else finite
+    if kind in _NIBBLES:
+        # The lowest four bits, as a number with or without sign.
+        low = x.to(torch.int32) & 15
+        return torch.where((low > 7) & (kind == ir.DataType.INT4), low - 16, low).to(dtype)
+    return narrowed(x, dtype, saturate=bool(context.integer("saturate", 1)))
+
+
+def narrowed(x: Tensor, dtype: torch.dtype, *, saturate: bool = True) -> Tensor:
+    """Return `x` in another type; what float8 cannot hold becomes its largest number, or NaN."""
+    if dtype.itemsize > 1 or not dtype.is_floating_point or not x.is_floating_point():
+        return x.to(dtype)
+    bound = torch.finfo(dtype).max
+    if saturate:
+        return torch.where(x.isnan(), x, x.clamp(-bound, bound)).to(dtype)
     return x.to(dtype)
+
+

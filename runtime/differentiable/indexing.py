@@ -122,7 +122,7 @@ def top_k(
     largest = bool(context.integer("largest", 1))
     wide = x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
     order = wide.sort(dim=axis, descending=largest, stable=True).indices.narrow(axis, 0, count)
-    return x.gather(axis, order), order
+    return wide.gather(axis, order).to(x.dtype), order
 
 
 def one_hot(context: Context, indices: Tensor, depth: Tensor, values: Tensor) -> Tensor:

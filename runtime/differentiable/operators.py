@@ -7,15 +7,25 @@ from torch.nn import functional as nn
 
 from iobs_onnx.runtime.differentiable import (
     activations,
+    attention,
+    contrib,
+    contrib_attention,
+    control,
     convolution,
     creation,
     elementwise,
     indexing,
     linear,
+    losses,
     normalization,
     pad,
     pooling,
+    quantization,
+    recurrent,
     reduction,
+    resize,
+    rotary,
+    sampling,
     shape,
 )
 from iobs_onnx.runtime.differentiable.context import Context, Operator
@@ -23,6 +33,8 @@ from iobs_onnx.runtime.differentiable.elementwise import binary, comparison, una
 
 # Operators whose result is another each time; there is none yet that is evaluated.
 RANDOM: frozenset[tuple[str, str]] = frozenset()
+
+_MS = "com.microsoft"
 
 OPERATORS: dict[tuple[str, str], Operator] = {
     # Functions of one tensor
@@ -185,6 +197,62 @@ OPERATORS: dict[tuple[str, str], Operator] = {
     ("", "LpPool"): pooling.lp_pool,
     ("", "MaxPool"): pooling.max_pool,
     ("", "MaxUnpool"): pooling.max_unpool,
+    # Resizing and sampling
+    ("", "AffineGrid"): sampling.affine_grid,
+    ("", "Col2Im"): sampling.column_to_image,
+    ("", "DFT"): sampling.fourier,
+    ("", "GridSample"): sampling.grid_sample,
+    ("", "Resize"): resize.resize,
+    ("", "STFT"): sampling.short_time_fourier,
+    ("", "Upsample"): resize.upsample,
+    # Recurrent networks
+    ("", "GRU"): recurrent.gru,
+    ("", "LSTM"): recurrent.lstm,
+    ("", "RNN"): recurrent.rnn,
+    # Attention
+    ("", "Attention"): attention.attention,
+    ("", "RotaryEmbedding"): rotary.rotary,
+    # Quantization
+    ("", "DequantizeLinear"): quantization.dequantize,
+    ("", "DynamicQuantizeLinear"): quantization.dynamic_quantize,
+    ("", "MatMulInteger"): quantization.matmul_integer,
+    ("", "QLinearConv"): quantization.qlinear_conv,
+    ("", "QLinearMatMul"): quantization.qlinear_matmul,
+    ("", "QuantizeLinear"): quantization.quantize,
+    # Losses
+    ("", "NegativeLogLikelihoodLoss"): losses.likelihood,
+    ("", "SoftmaxCrossEntropyLoss"): losses.cross_entropy,
+    # Control flow
+    ("", "If"): control.if_,
+    ("", "Loop"): control.loop,
+    ("", "Scan"): control.scan,
+    # ONNX Runtime's own
+    (_MS, "Attention"): contrib_attention.attention,
+    (_MS, "BiasAdd"): linear.bias_add,
+    (_MS, "BiasGelu"): activations.bias_gelu,
+    (_MS, "BiasSplitGelu"): contrib.bias_split_gelu,
+    (_MS, "DequantizeLinear"): quantization.dequantize,
+    (_MS, "DynamicQuantizeMatMul"): quantization.dynamic_quantize_matmul,
+    (_MS, "EmbedLayerNormalization"): contrib.embed_layer_norm,
+    (_MS, "ExpandDims"): contrib.expand_dims,
+    (_MS, "FastGelu"): activations.fast_gelu,
+    (_MS, "FusedConv"): convolution.fused_conv,
+    (_MS, "FusedGemm"): linear.gemm,
+    (_MS, "FusedMatMul"): linear.fused_matmul,
+    (_MS, "FusedMatMulActivation"): linear.fused_matmul,
+    (_MS, "Gelu"): activations.gelu,
+    (_MS, "GemmFastGelu"): linear.matmul_fast_gelu,
+    (_MS, "GroupQueryAttention"): contrib_attention.group_query,
+    (_MS, "MatMulIntegerToFloat"): quantization.matmul_integer_to_float,
+    (_MS, "MatMulNBits"): quantization.matmul_n_bits,
+    (_MS, "MultiHeadAttention"): contrib_attention.multi_head,
+    (_MS, "QuantizeLinear"): quantization.quantize,
+    (_MS, "QuickGelu"): activations.swish,
+    (_MS, "RotaryEmbedding"): rotary.rotary_microsoft,
+    (_MS, "SkipLayerNormalization"): contrib.skip_layer_norm,
+    (_MS, "SkipSimplifiedLayerNormalization"): contrib.skip_simplified_layer_norm,
+    (_MS, "TransposeMatMul"): linear.fused_matmul,
+    (_MS, "Trilu"): shape.trilu,
 }
 
 

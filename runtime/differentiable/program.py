@@ -190,7 +190,7 @@ class Builder:
     def _fold(self, node: ir.Node, constants: dict[ir.Value, Tensor]) -> None:
         if not all(output in self._constants for output in node.outputs):
             reads = self._reads(node)
-            places = {value: place for place, value in enumerate((*reads, *node.outputs), 1)}
+            places = {value: place for place, value in enumerate({*reads, *node.outputs}, 1)}
             values: list[Tensor | None] = [None] * (len(places) + 1)
             for value in reads:
                 values[places[value]] = constants[value]
@@ -241,6 +241,7 @@ class Builder:
             len(node.inputs),
             attributes,
             self._precision,
+            types=tuple(None if value is None else value.dtype for value in node.inputs),
         )
 
     def _needed(self, graph: ir.Graph, outputs: Sequence[ir.Value]) -> list[ir.Node]:
