@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
+
 import torch
 from torch import Tensor
 from torch.nn import functional as nn
@@ -49,11 +52,6 @@ def hard_sigmoid(context: Context, x: Tensor) -> Tensor:
     return (context.number("alpha", 0.2) * x + context.number("beta", 0.5)).clamp(0, 1)
 
 
-def hard_swish(x: Tensor) -> Tensor:
-    """Return `x max(0, min(1, x/6 + 1/2))`."""
-    return nn.hardswish(x)
-
-
 def softplus(x: Tensor) -> Tensor:
     """Return `log(1 + eˣ)`."""
     # torch's own is linear above a threshold.
@@ -86,41 +84,32 @@ def bias_gelu(context: Context, x: Tensor, bias: Tensor) -> Tensor:
     return nn.gelu(x + bias)
 
 
+# What fused operators and recurrent ones name, as functions of x, alpha and beta; with the alpha
+# and beta that hold where the node gives none.
+NAMED: dict[str, tuple[Callable[[Tensor, float, float], Tensor], float, float]] = {
+    "Affine": (lambda x, alpha, beta: alpha * x + beta, 1.0, 0.0),
+    "Clip": (lambda x, alpha, beta: x.clamp(alpha, beta), -inf, inf),
+    "Elu": (lambda x, alpha, beta: nn.elu(x, alpha), 1.0, 0.0),
+    "Gelu": (lambda x, alpha, beta: nn.gelu(x), 0.0, 0.0),
+    "HardSigmoid": (lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1), 0.2, 0.5),
+    "HardSwish": (lambda x, alpha, beta: nn.hardswish(x), 0.0, 0.0),
+    "LeakyRelu": (lambda x, alpha, beta: nn.leaky_relu(x, alpha), 0.01, 0.0),
+    "Relu": (lambda x, alpha, beta: torch.relu(x), 0.0, 0.0),
+    "ScaledTanh": (lambda x, alpha, beta: alpha * torch.tanh(beta * x), 1.0, 1.0),
+    "Sigmoid": (lambda x, alpha, beta: torch.sigmoid(x), 0.0, 0.0),
+    "Softplus": (lambda x, alpha, beta: softplus(x), 0.0, 0.0),
+    "Softsign": (lambda x, alpha, beta: nn.softsign(x), 0.0, 0.0),
+    "Tanh": (lambda x, alpha, beta: torch.tanh(x), 0.0, 0.0),
+    "ThresholdedRelu": (lambda x, alpha, beta: torch.where(x > alpha, x, 0), 1.0, 0.0),
+}
+
+
 def by_name(context: Context, name: str, x: Tensor, *parameters: float) -> Tensor:
     """Apply the activation that a fused operator names; parameters are its alpha and beta."""
-    alpha = parameters[0] if parameters else None
-    beta = parameters[1] if len(parameters) > 1 else None
-    match name:
-        case "" | "Identity":
-            return x
-        case "Relu":
-            return torch.relu(x)
-        case "Tanh":
-            return torch.tanh(x)
-        case "Sigmoid":
-            return torch.sigmoid(x)
-        case "LeakyRelu":
-            return nn.leaky_relu(x, 0.01 if alpha is None else alpha)
-        case "Clip":
-            return x.clamp(alpha, beta)
-        case "HardSigmoid":
-            return ((0.2 if alpha is None else alpha) * x + (0.5 if beta is None else beta)).clamp(
-                0, 1
-            )
-        case "Elu":
-            return nn.elu(x, 1.0 if alpha is None else alpha)
-        case "ThresholdedRelu":
-            return torch.where(x > (1.0 if alpha is None else alpha), x, 0)
-        case "Softsign":
-            return nn.softsign(x)
-        case "Softplus":
-            return softplus(x)
-        case "Affine":
-            return (1.0 if alpha is None else alpha) * x + (beta or 0.0)
-        case "ScaledTanh":
-            return (1.0 if alpha is None else alpha) * torch.tanh((1.0 if beta is None else beta) * x)
-        case "Gelu":
-            return nn.gelu(x)
-        case "HardSwish":
-            return hard_swish(x)
-    raise context.error(f"activation {name!r} is not known")
+    if not name:
+        return x
+    if name not in NAMED:
+        raise context.error(f"activation {name!r} is not known")
+    function, *defaults = NAMED[name]
+    alpha, beta = (*parameters, *defaults[len(parameters) :])
+    return function(x, alpha, beta)

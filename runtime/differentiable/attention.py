@@ -82,9 +82,7 @@ def combined(bias: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Te
     return torch.where(seen.to(bias.device), bias.to(dtype), float("-inf"))
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
     """Return the attention `(batch, heads, seq, size)` of queries to keys and values.
 
     Args:

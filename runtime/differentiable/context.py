@@ -40,6 +40,7 @@ class Context:
         attributes: name to int, float, str, tuple of these, or Tensor.
         bodies: attribute name to graph.
         types: element types of the inputs as the model declares them, None where it does not.
+        given: for each input whether it is there.
         memo: what a function keeps of one call for the next.
         precision: in which types floats are computed.
     """
@@ -54,6 +55,7 @@ class Context:
     precision: Precision = "own"
     bodies: Mapping[str, Body] = field(default_factory=dict)
     types: tuple[ir.DataType | None, ...] = ()
+    given: tuple[bool, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict)
 
     def integer(self, name: str, default: int) -> int:
@@ -74,6 +76,10 @@ class Context:
     def integers(self, name: str) -> tuple[int, ...] | None:
         """Return an attribute that is a list of integers, None where it is absent."""
         return self.attributes.get(name)
+
+    def present(self, place: int) -> bool:
+        """Whether the node has this input."""
+        return place < len(self.given) and self.given[place]
 
     def dtype(self, code: int) -> torch.dtype:
         """Return the torch type for an ONNX element type.

@@ -59,7 +59,9 @@ def _mask(
         context.memo["batch"] = q.shape[0]
         added = _padding(context, padding, keys, past).to(q.dtype)
         mask = added if mask is None else mask + added
-    seen = frontier(q.shape[2], keys, past, right=0) if context.integer("unidirectional", 0) else None
+    seen = (
+        frontier(q.shape[2], keys, past, right=0) if context.integer("unidirectional", 0) else None
+    )
     return combined(mask, seen, q.dtype)
 
 
@@ -115,11 +117,12 @@ def multi_head(
         k, v = k.unbind(3)
     parts = []
     biases: tuple[Tensor | None, ...] = (None, None, None)
-    flat = [x.flatten(2) if x.ndim == 4 and x is not q and False else x for x in (q, k, v)]
     if bias is not None:
-        widths = [x.shape[1] * x.shape[3] if _by_head(x, heads) else x[0, 0].numel() for x in flat]
+        widths = [
+            x.shape[1] * x.shape[3] if _by_head(x, heads) else x[0, 0].numel() for x in (q, k, v)
+        ]
         biases = bias.split(widths)
-    for x, one in zip(flat, biases, strict=True):
+    for x, one in zip((q, k, v), biases, strict=True):
         if _by_head(x, heads):  # keys and values of cross attention, (batch, heads, seq, size)
             parts.append(x if one is None else x + one.view(heads, 1, -1))
             continue

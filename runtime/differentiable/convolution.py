@@ -67,7 +67,11 @@ def conv_transpose(
         begin, end = (small, large) if mode == "SAME_UPPER" else (large, small)
     group = context.integer("group", 1)
     zeros = (0,) * rank
-    if begin == end and min(begin) >= 0 and all(e < s for e, s in zip(extra, plan.strides)):
+    if (
+        begin == end
+        and min(begin) >= 0
+        and all(e < s for e, s in zip(extra, plan.strides, strict=True))
+    ):
         return torch.convolution(
             x, weight, bias, plan.strides, begin, plan.dilations, True, extra, group
         )

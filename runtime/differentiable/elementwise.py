@@ -183,5 +183,3 @@ def narrowed(x: Tensor, dtype: torch.dtype, *, saturate: bool = True) -> Tensor:
     if saturate:
         return torch.where(x.isnan(), x, x.clamp(-bound, bound)).to(dtype)
     return x.to(dtype)
-
-

@@ -25,7 +25,7 @@ def unsupported(model: ir.Model) -> list[str]:
     model = _flat(model)
     builder = Builder(model.opset_imports, "own", {})
     return [
-        *(f"input {v.name!r}: {v.type} is no tensor" for v in _others(model)),
+        *(f"input {v.name!r}: torch has no {v.type}" for v in _others(model)),
         *(reason for node in _nodes(model.graph) if (reason := _refused(node, builder))),
     ]
 
@@ -138,9 +138,7 @@ class Evaluator:
         if missing:
             raise ModelError(f"the main graph has no value {missing[0]!r}")
         supplied = [self._replaceable[name] for name in replaced]
-        builder = Builder(
-            self._model.opset_imports, self._precision, self._constants, supplied
-        )
+        builder = Builder(self._model.opset_imports, self._precision, self._constants, supplied)
         return builder.build(self._model.graph, [self._values[name] for name in names])
 
     def _constant(self, name: str) -> ir.Value:
@@ -166,9 +164,13 @@ def _flat(model: ir.Model) -> ir.Model:
 
 
 def _others(model: ir.Model) -> list[ir.Value]:
-    """Return the inputs that are no tensors."""
-    values = model.graph.inputs
-    return [v for v in values if v.type is not None and not isinstance(v.type, ir.TensorType)]
+    """Return the inputs that are no tensors of types that torch has."""
+    return [
+        value
+        for value in model.graph.inputs
+        if value.type is not None
+        and (not isinstance(value.type, ir.TensorType) or value.dtype not in TYPES)
+    ]
 
 
 def _refused(node: ir.Node, builder: Builder) -> str | None:

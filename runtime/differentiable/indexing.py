@@ -42,9 +42,7 @@ def gather_nd(context: Context, x: Tensor, indices: Tensor) -> Tensor:
     """GatherND: the last axis of the indices addresses `x` behind its batch axes."""
     batch = context.integer("batch_dims", 0)
     depth = indices.shape[-1]
-    parts = [
-        _wrapped(part, x.shape[batch + axis]) for axis, part in enumerate(indices.unbind(-1))
-    ]
+    parts = [_wrapped(part, x.shape[batch + axis]) for axis, part in enumerate(indices.unbind(-1))]
     leading = []
     for axis in range(batch):
         view = [1] * (indices.ndim - 1)
@@ -113,9 +111,7 @@ def nonzero(context: Context, x: Tensor) -> Tensor:
     return x.nonzero().t()
 
 
-def top_k(
-    context: Context, x: Tensor, k: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def top_k(context: Context, x: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """TopK: equal elements in the order of their indices."""
     count = context.integer("k", 1) if k is None else int(k)
     axis = context.integer("axis", -1)
@@ -141,8 +137,8 @@ def unique(context: Context, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     axis = context.attributes.get("axis")
     if axis is None:
         x, axis = x.reshape(-1), 0
-    values, inverse, counts = torch.unique(
-        x, sorted=True, return_inverse=True, return_counts=True, dim=axis
+    _, inverse, counts = torch.unique(
+        x.detach(), sorted=True, return_inverse=True, return_counts=True, dim=axis
     )
     inverse = inverse.reshape(-1)
     places = torch.arange(inverse.numel())
@@ -151,6 +147,5 @@ def unique(context: Context, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     )
     if not context.integer("sorted", 1):
         order = first.argsort()
-        values, first, counts = values.index_select(axis, order), first[order], counts[order]
-        inverse = order.argsort()[inverse]
-    return values, first, inverse, counts
+        first, counts, inverse = first[order], counts[order], order.argsort()[inverse]
+    return x.index_select(axis, first), first, inverse, counts

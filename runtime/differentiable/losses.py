@@ -9,9 +9,7 @@ from torch.nn import functional as nn
 from iobs_onnx.runtime.differentiable.context import Context
 
 
-def likelihood(
-    context: Context, x: Tensor, target: Tensor, weight: Tensor | None = None
-) -> Tensor:
+def likelihood(context: Context, x: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """NegativeLogLikelihoodLoss."""
     ignored = context.integer("ignore_index", -100)
     target = target.long()

@@ -39,9 +39,9 @@ def layer_norm(
     """LayerNormalization of the axes from `axis` on; also mean and 1 / deviation."""
     axis = context.integer("axis", -1) % x.ndim
     epsilon = context.number("epsilon", 1e-5)
-    if context.outputs == 1 and scale.shape == x.shape[axis:] and scale.dtype == x.dtype:
-        if bias is None or bias.shape == scale.shape:
-            return nn.layer_norm(x, scale.shape, scale, bias, epsilon)
+    plain = scale.shape == x.shape[axis:] and (bias is None or bias.shape == scale.shape)
+    if context.outputs == 1 and plain and scale.dtype == x.dtype:
+        return nn.layer_norm(x, scale.shape, scale, bias, epsilon)
     axes = list(range(axis, x.ndim))
     wide = x.float() if x.itemsize < 4 else x
     mean = wide.mean(axes, True)
@@ -82,12 +82,13 @@ def batch_norm(
     """BatchNormalization by given statistics; in training mode by the batch's own."""
     epsilon = context.number("epsilon", 1e-5)
     if not context.integer("training_mode", 0):
-        if x.dtype == scale.dtype == mean.dtype:
+        # torch has no gradient for given statistics.
+        trained = mean.requires_grad or variance.requires_grad
+        if x.dtype == scale.dtype == mean.dtype and not trained:
             return nn.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
         view = [1, -1] + [1] * (x.ndim - 2)
-        factor = scale.float() * (variance.float() + epsilon).rsqrt()
-        y = (x - mean.view(view)) * factor.view(view) + bias.view(view)
-        return y.to(x.dtype)
+        factor = scale * (variance + epsilon).rsqrt()
+        return ((x - mean.view(view)) * factor.view(view) + bias.view(view)).to(x.dtype)
     momentum = context.number("momentum", 0.9)
     axes = [axis for axis in range(x.ndim) if axis != 1]
     own_mean, own_variance = x.mean(axes), x.var(axes, correction=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import torch
 from torch.nn import functional as nn
 
@@ -29,6 +30,7 @@ from iobs_onnx.runtime.differentiable import (
     shape,
 )
 from iobs_onnx.runtime.differentiable.context import Context, Operator
+from iobs_onnx.runtime.differentiable.dtypes import TYPES
 from iobs_onnx.runtime.differentiable.elementwise import binary, comparison, unary, variadic
 
 # Operators whose result is another each time; there is none yet that is evaluated.
@@ -258,4 +260,16 @@ OPERATORS: dict[tuple[str, str], Operator] = {
 
 def refusal(context: Context) -> str | None:
     """Say why a node cannot be evaluated although its operator can; None if it can."""
+    declared = {kind for kind in context.types if kind is not None}
+    if context.op_type in ("Cast", "Constant") and not context.domain:
+        declared.add(ir.DataType(context.integer("to", ir.DataType.FLOAT)))
+    lacking = sorted(kind.name for kind in declared - TYPES.keys())
+    if lacking:
+        return f"torch has no element type {lacking[0]}"
+    if context.op_type == "Constant" and any("string" in name for name in context.attributes):
+        return "torch has no strings"
+    if context.op_type == "Scan" and context.version < 9:
+        return "operator set 8 scans batches in another way"
+    if context.domain == _MS and context.op_type == "MatMulNBits" and context.operands > 4:
+        return "g_idx orders the groups of its weight" if context.present(4) else None
     return None

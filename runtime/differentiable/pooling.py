@@ -57,7 +57,7 @@ def _flat_places(
 ) -> Tensor:
     """Turn places in the padded space into places in the whole of `x`."""
     space = x.shape[2:]
-    coordinates = []
+    coordinates: list[Tensor] = []
     for length in reversed(padded):
         coordinates.insert(0, places % length)
         places = places // length
@@ -125,9 +125,7 @@ def global_lp_pool(context: Context, x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, context.integer("p", 2), list(range(2, x.ndim)), True)
 
 
-def max_unpool(
-    context: Context, x: Tensor, places: Tensor, target: Tensor | None = None
-) -> Tensor:
+def max_unpool(context: Context, x: Tensor, places: Tensor, target: Tensor | None = None) -> Tensor:
     """MaxUnpool: elements go back to their places, zeros elsewhere."""
     plan = windows(context, x.shape[2:], context.integers("kernel_shape") or ())
     inferred = [

@@ -242,6 +242,7 @@ class Builder:
             attributes,
             self._precision,
             types=tuple(None if value is None else value.dtype for value in node.inputs),
+            given=tuple(value is not None for value in node.inputs),
         )
 
     def _needed(self, graph: ir.Graph, outputs: Sequence[ir.Value]) -> list[ir.Node]:

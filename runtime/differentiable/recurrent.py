@@ -159,10 +159,8 @@ def _direction(
         projected = projected + bias
         if not (context.op_type == "GRU" and context.integer("linear_before_reset", 0)):
             projected, rest = projected + rest, None
-    clip = context.attributes.get("clip")
-    return _Direction(
-        projected, r, rest, peepholes, _activations(context, index), None if not clip else clip
-    )
+    clip = context.number("clip", 0.0) or None
+    return _Direction(projected, r, rest, peepholes, _activations(context, index), clip)
 
 
 def _activations(context: Context, index: int) -> list[Activation]:

@@ -27,10 +27,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor
     real = cosine * first - sine * second
     imaginary = sine * first + cosine * second
     if interleaved:
-        parts = [torch.stack((real, imaginary), -1).flatten(-2)]
-    else:
-        parts = [real, imaginary]
-    return torch.cat([*parts, rest] if rest.shape[-1] else parts, -1)
+        return torch.cat([torch.stack((real, imaginary), -1).flatten(-2), rest], -1)
+    return torch.cat([real, imaginary, rest], -1)
 
 
 def rotary(

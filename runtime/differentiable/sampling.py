@@ -43,7 +43,7 @@ def column_to_image(context: Context, x: Tensor, image: Tensor, block: Tensor) -
     if rank == 1:
         padded, kernel = [1, *padded], [1, *kernel]
         strides, dilations = [1, *strides], [1, *dilations]
-    y = nn.fold(x, padded, kernel, dilations, 0, strides)
+    y = nn.fold(x, tuple(padded), tuple(kernel), tuple(dilations), 0, tuple(strides))
     y = y.squeeze(2) if rank == 1 else y
     for axis in range(rank):
         y = y.narrow(2 + axis, begin[axis], shape[axis])

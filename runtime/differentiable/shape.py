@@ -122,13 +122,13 @@ def slice_(
 ) -> Tensor:
     """Slice: bounds are attributes before operator set 10."""
     if starts is None or ends is None:
-        first, last = context.integers("starts") or (), context.integers("ends") or ()
-        along: tuple[int, ...] | list[int] = context.integers("axes") or range(len(first))  # type: ignore[assignment]
-        strides = [1] * len(first)
+        first, last = list(context.integers("starts") or ()), list(context.integers("ends") or ())
+        given = context.integers("axes")
     else:
         first, last = starts.tolist(), ends.tolist()
-        along = range(len(first)) if axes is None else axes.tolist()  # type: ignore[assignment]
-        strides = [1] * len(first) if steps is None else steps.tolist()
+        given = None if axes is None else tuple(axes.tolist())
+    along = range(len(first)) if given is None else given
+    strides = [1] * len(first) if steps is None else steps.tolist()
     picks = [slice(None)] * x.ndim
     for start, end, axis, step in zip(first, last, along, strides, strict=True):
         if step > 0:
