@@ -33,6 +33,10 @@ def pad(
         flat = [amount for pair in reversed(both) for amount in pair]
         return nn.pad(x, flat, value=fill) if any(flat) else x
     for axis, (begin, end) in enumerate(both):
+        if begin < 0 or end < 0:
+            # What is cut off is not repeated.
+            x = x.narrow(axis, max(0, -begin), x.shape[axis] + min(begin, 0) + min(end, 0))
+            begin, end = max(begin, 0), max(end, 0)  # noqa: PLW2901
         if begin or end:
             x = x.index_select(axis, _source(context, mode, x.shape[axis], begin, end).to(x.device))
     return x

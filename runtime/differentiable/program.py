@@ -146,8 +146,12 @@ class Builder:
             self._constants[value] = constant(value.const_value, self._precision)
         return self._constants[value]
 
-    def build(self, graph: ir.Graph, outputs: Sequence[ir.Value]) -> Program:
+    def build(
+        self, graph: ir.Graph, outputs: Sequence[ir.Value], *, every_input: bool = False
+    ) -> Program:
         """Return the program from graph inputs, what is supplied and captured, to `outputs`.
+
+        Inputs of the graph that nothing needs are left out unless `every_input`.
 
         Every node that depends on constants alone is evaluated here, once.
 
@@ -159,6 +163,7 @@ class Builder:
         made = {output for node in nodes for output in node.outputs} - self._supplied
         initializers = set(graph.initializers.values()) - self._supplied
         inputs = [v for v in graph.inputs if v not in initializers]
+        inputs = inputs if every_input else [value for value in inputs if value in needed]
         # What a body reads of the graphs around it, and what replaces a constant.
         inputs += sorted(
             needed - made - initializers - set(inputs), key=lambda value: value.name or ""
@@ -210,7 +215,7 @@ class Builder:
         context = self.context(node)
         bodies = {}
         for attribute, graph in _bodies(node):
-            program = self.build(graph, list(graph.outputs))
+            program = self.build(graph, list(graph.outputs), every_input=True)
             beyond = program.inputs[len(graph.inputs) :]
             places = tuple(captured.index(value) for value in beyond)
             bodies[attribute] = ProgramBody(program, len(graph.inputs), places)

@@ -124,8 +124,11 @@ def _axes(
 
 
 def _coordinates(context: Context, one: _Axis, mode: str) -> tuple[Tensor, Tensor | None]:
-    """Return where in the input each output lies, and which lie beyond a cropped region."""
-    place = torch.arange(one.new, dtype=torch.float64)
+    """Return where in the input each output lies, and which lie beyond a cropped region.
+
+    In float32, as ONNX Runtime does: half-way places then round alike.
+    """
+    place = torch.arange(one.new, dtype=torch.float32)
     width = one.scale * one.old
     match mode:
         case "half_pixel":
@@ -135,7 +138,8 @@ def _coordinates(context: Context, one: _Axis, mode: str) -> tuple[Tensor, Tenso
         case "asymmetric":
             return place / one.scale, None
         case "align_corners":
-            return place * (one.old - 1) / (width - 1) if width != 1 else place * 0, None
+            # By the whole number of outputs, as ONNX Runtime does.
+            return place * ((one.old - 1) / max(one.new - 1, 1)), None
         case "half_pixel_symmetric":
             offset = one.old / 2 * (1 - one.new / width)
             return offset + (place + 0.5) / one.scale - 0.5, None
