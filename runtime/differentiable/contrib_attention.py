@@ -25,14 +25,13 @@ def _scale(context: Context) -> float | None:
     return context.number("scale", 0.0) or None
 
 
-def _padding(context: Context, mask: Tensor, keys: int, past: int) -> Tensor:
+def _padding(context: Context, mask: Tensor, batch: int, keys: int, past: int) -> Tensor:
     """Return what a mask adds to the scores, `(batch, 1, 1 or seq, keys)`.
 
     A mask of one axis has the number of keys of each sample (and may have their first after it).
     """
     filler = context.number("mask_filter_value", -10000.0)
     if mask.ndim == 1:
-        batch = context.memo["batch"]
         places = torch.arange(keys, device=mask.device)
         seen = places < mask[:batch, None]
         if mask.numel() == 2 * batch:
@@ -56,8 +55,7 @@ def _mask(
     """Return all that is added to the scores and may not be seen."""
     mask = bias
     if padding is not None:
-        context.memo["batch"] = q.shape[0]
-        added = _padding(context, padding, keys, past).to(q.dtype)
+        added = _padding(context, padding, q.shape[0], keys, past).to(q.dtype)
         mask = added if mask is None else mask + added
     seen = (
         frontier(q.shape[2], keys, past, right=0) if context.integer("unidirectional", 0) else None

@@ -104,7 +104,11 @@ def split(context: Context, x: Tensor, lengths: Tensor | None = None) -> tuple[T
 
 def expand(context: Context, x: Tensor, target: Tensor) -> Tensor:
     """Expand: both shapes broadcast."""
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(sizes(target))))
+    wanted = sizes(target)
+    # torch.broadcast_shapes takes longer than the rest of a small node.
+    own = [1] * (len(wanted) - x.ndim) + list(x.shape)
+    wanted = [1] * (x.ndim - len(wanted)) + wanted
+    return x.expand([a if b == 1 else b for a, b in zip(own, wanted, strict=True)])
 
 
 def tile(context: Context, x: Tensor, repeats: Tensor) -> Tensor:
