@@ -272,6 +272,19 @@ def test_help_names_every_option(capsys) -> None:
         assert flag in shown
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["inspect", "--json"]])
+def test_what_runs_no_model_starts_lightly(toy: Path, arguments: list[str]) -> None:
+    command = [*arguments, str(toy / "toy.onnx")] if arguments[0] == "inspect" else arguments
+    heavy = {"torch", "onnxruntime", "transformers", "scipy", "rich", "matplotlib", "jinja2"}
+    code = (
+        f"import sys, contextlib\nfrom iobs_onnx.cli import main\n"
+        f"with contextlib.suppress(SystemExit):\n    main({command!r})\n"
+        f"print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
 def test_preset_belongs_to_iobs(toy: Path, capsys) -> None:
     assert prune(toy, "--preset", "fast", "--report-dir", str(toy)) == 0
     assert json.loads((toy / "report.json").read_text())["options"]["preset"] == "fast"
