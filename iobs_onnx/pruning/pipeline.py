@@ -241,5 +241,5 @@ def _work_folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
 def _identity(model: Any, work_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what two runs that share a work folder have in common, besides options and feeds."""
     if not isinstance(model, str | os.PathLike):
-        raise OptionError(f"work-dir {work_dir}: give the model as a file, to be known again")
+        raise OptionError(f"work-dir {work_dir}: give the model as a file, not in memory")
     return {"model": model_hash(model), "version": importlib.metadata.version("iobs-onnx")}

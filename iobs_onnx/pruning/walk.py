@@ -197,7 +197,7 @@ class Walk:
             for _ in members:
                 self.advance()
             if not (reached := [self._hessians[tap] for tap in taps if tap in self._hessians]):
-                continue  # they lie in a body that never ran
+                continue  # they are in a body that never ran
             layers = {site: self._layer(site, segment, dense, sparse, taps[-1]) for site in members}
             solved |= solve_sites(layers, combine(reached), config, self.device)
         self._pending -= set(segment.sites)

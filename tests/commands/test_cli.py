@@ -59,7 +59,7 @@ def test_prune_writes_model_and_report_and_prints_a_table(toy: Path, capsys) -> 
     for text in ("2 sites pruned to 2:4", "up", "down", "÷ sparsegpt", "cosine", "report.json"):
         assert text in printed
     assert "━━━" in printed
-    assert "\x1b" not in printed  # no colours, no bars: this is no terminal
+    assert "\x1b" not in printed  # no colours, no bars: this is not a terminal
     report = json.loads((toy / "report" / "report.json").read_text())
     assert [site["name"] for site in report["sites"]] == ["up", "down"]
     assert main(["verify", str(toy / "out.onnx"), "--sparsity", "2:4"]) == 0
