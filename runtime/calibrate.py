@@ -145,7 +145,7 @@ def collect(
 
     Raises:
         DataError: an activation holds NaN or Inf.
-        ModelError: a tap's value has not the shape its weight multiplies.
+        ModelError: a tap's value does not have the shape its weight multiplies.
     """
     device = torch.device(device)
     collector = _Collector(taps, tuple(beside) if dense is not None else (), device)
@@ -246,7 +246,7 @@ class _Collector:
             torch.cuda.synchronize(self._device)
 
     def _keeps(self, batch: Batch) -> dict[Tap, torch.Tensor | None]:
-        """Return for each tap the mask of rows that are no padding, None to keep all."""
+        """Return for each tap the mask of rows that are not padding, None to keep all."""
         keeps: dict[Tap, torch.Tensor | None] = dict.fromkeys(self.sums.grams)
         if batch.mask is None or batch.mask.all():
             return keeps

@@ -26,11 +26,11 @@ def read_rows(
     Args:
         activation: the tap's value, of any floating dtype.
         tap: how to read it.
-        keep: boolean mask over the leading axes of `activation`, True where a position is no
-            padding; None to keep all. Only for `Rows(-1)`.
+        keep: boolean mask over the leading axes of `activation`, True where a position is
+            not padding; None to keep all. Only for `Rows(-1)`.
 
     Raises:
-        ModelError: the activation has not the shape that the tap's weight multiplies.
+        ModelError: the activation does not have the shape that the tap's weight multiplies.
     """
     form = tap.form
     if not activation.numel():

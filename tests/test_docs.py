@@ -88,6 +88,36 @@ def test_the_json_of_the_pages_is_read(tmp_path: Path) -> None:
     assert json.loads(f"{{{step}}}") == {"prune": workflow["passes"]["prune"]}
 
 
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page: str) -> None:
+    """Files and folders of the repository, and targets of make."""
+    text = (ROOT / page).read_text()
+    folders = "iobs_onnx|passes|runtime|tests|benchmarks|examples|docs"
+    for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*", text):
+        assert (ROOT / path.rstrip(".")).exists(), path
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"(?:`|^)(?:\w+=\w+ )?make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets, target
+
+
+def test_every_folder_of_code_has_a_row_in_the_layout() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = set(re.findall(r"^\| `([\w/]+)/` \|", text, re.MULTILINE))
+    folders = {
+        str(file.parent.relative_to(ROOT))
+        for top in ("iobs_onnx", "passes", "runtime")
+        for file in (ROOT / top).rglob("__init__.py")
+    }
+    assert rows - {"tests"} == folders
+
+
 @pytest.mark.slow
 def test_the_site_builds_and_names_every_option(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

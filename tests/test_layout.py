@@ -56,7 +56,7 @@ def test_every_package_is_listed_in_pyproject() -> None:
 
 @pytest.mark.parametrize(("name", "file"), modules(), ids=[name for name, _ in modules()])
 def test_imports_are_absolute_and_pass_the_root_by(name: str, file: Path) -> None:
-    """Their direction is in pyproject.toml; `make lint` holds it."""
+    """Their direction is in pyproject.toml; `make types` holds it."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, name

@@ -109,7 +109,7 @@ class Checkpoint:
     ) -> tuple[dict[Site, SolvedSite], dict[str, Any]] | None:
         """Return solved sites and the facts about them; None where there is no such record.
 
-        Sites that were not solved, for want of rows, are left out.
+        Sites that were not solved, because no rows reached them, are left out.
         """
         held = self._read(name)
         if held is None:

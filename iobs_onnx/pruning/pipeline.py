@@ -244,7 +244,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Return what two runs that share a work folder have in common, besides their feeds."""
     if not isinstance(model, str | os.PathLike):
-        raise OptionError(f"work-dir {work_dir}: give the model as a file, to be known again")
+        raise OptionError(f"work-dir {work_dir}: give the model as a file, not in memory")
     return {
         "model": model_hash(model),
         "version": importlib.metadata.version("iobs-onnx"),

@@ -47,7 +47,7 @@ class Solve:
             for _ in members:
                 advance()
             if not (reached := [work.hessians[tap] for tap in taps if tap in work.hessians]):
-                continue  # they lie in a body that never ran
+                continue  # they are in a body that never ran
             tensors = {site: _tensors(site, work) for site in members}
             problem = _Stacked(tensors, combine(reached), pattern, work.run.config)
             try:

@@ -64,7 +64,7 @@ def calibration_sources(
     items = calibration if several else [] if calibration is None else [calibration]
     named = [kind for kind in _KINDS if getattr(config, kind) is not None]
     if len(named) > 1:
-        raise OptionError(f"--{named[0]} and --{named[1]}: one feed is made of one of them")
+        raise OptionError(f"--{named[0]} and --{named[1]}: give one of them only")
     given = {*named, *map(_kind, items)}
     if not given:
         raise OptionError(
@@ -130,4 +130,4 @@ def _beside(model: Any, name: str, option: str) -> str:
             if candidate.is_file():
                 return str(candidate)
     flag = option.replace("_", "-")
-    raise OptionError(f"--{flag} is missing, and no {name} lies beside the model")
+    raise OptionError(f"--{flag} is missing, and no {name} is beside the model")

@@ -45,7 +45,7 @@ def require_form(model: ir.Model, output: str | os.PathLike[str] | None, form: s
     if output is not None:
         require_output(model, output)
     elif form == "mask":
-        raise OptionError("emit mask: the masks lie beside the model; give an output")
+        raise OptionError("emit mask: the masks go beside the model; give an output")
 
 
 def describe_file(path: Any) -> dict[str, Any]:

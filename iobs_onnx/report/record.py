@@ -153,7 +153,7 @@ def require_report_dir(folder: str | os.PathLike[str]) -> None:
     path = Path(folder).absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir():
-        raise OptionError(f"report_dir {folder}: {existing} is no folder; choose another")
+        raise OptionError(f"report_dir {folder}: {existing} is not a folder; choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OptionError(f"report_dir {folder}: {existing} cannot be written; choose another")
     for name in ("report.json", "report.html"):

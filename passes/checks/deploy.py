@@ -18,7 +18,7 @@ from iobs_onnx.sparsity import NM, Pattern
 _PICKED_ABOVE = 256
 # cuSPARSELt takes matrices with both dimensions a multiple of this: fp16 and bf16, int8.
 _CUSPARSELT = {False: 16, True: 32}
-# Lengths of a dynamic axis of which nothing is known: of the first axis, of any other.
+# Lengths of a dynamic axis that has no other bound: of the first axis, of any other.
 _GUESSES = ((1, 8, 32), (1, 128, 512))
 
 

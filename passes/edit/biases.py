@@ -35,7 +35,7 @@ class Surroundings:
 def find_surroundings(model: ir.Model, sites: Sequence[Site]) -> dict[Site, Surroundings]:
     """Return what follows each site that one MatMul, Gemm or Conv multiplies by.
 
-    Sites of which nothing is known are left out: several nodes, other operators, scaled products,
+    Sites that cannot be followed are left out: several nodes, other operators, scaled products,
     and those in bodies.
 
     Args:

@@ -235,7 +235,7 @@ class _Flood:
         """Note that an axis of an operand follows the channels; return the stored tensor's name.
 
         Raises:
-            _Fixed: it cannot be reordered, or has not the rank given.
+            _Fixed: it cannot be reordered, or does not have the given rank.
         """
         value = optional(node, place)
         source = None if value is None else readers.stored_source(value)

@@ -45,7 +45,7 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir
     External tensors stay memory-mapped; the tensors of a `ModelProto` or `ir.Model` are shared.
 
     Raises:
-        ModelError: the file is missing, empty or no ONNX; tensors do not fit their shapes; the
+        ModelError: the file is missing, empty or not ONNX; tensors do not fit their shapes; the
             model holds what would be lost on the way or is not sorted; external data are missing,
             too short, or outside the model's folder.
     """
@@ -251,7 +251,7 @@ def _require_data(tensor: ir.ExternalTensor, label: str) -> None:
     location = os.fspath(tensor.location)
     what = f"{label}: external data file {location!r:.200} of tensor {tensor.name!r}"
     if "\0" in location:
-        raise ModelError(f"{what} is no name of a file; mend the model")
+        raise ModelError(f"{what} is not a file name; mend the model")
     # Unlike Path.resolve, these do not raise where links run in a circle.
     folder = os.path.realpath(tensor.base_dir)
     file = Path(os.path.realpath(os.path.join(folder, location)))

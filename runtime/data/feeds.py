@@ -36,7 +36,7 @@ _READ_HEADER = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 # What zipfile and numpy raise over damaged archives. RuntimeError: encryption, or deep nesting;
-# the last four: an array's header that is no Python literal, or not the one expected.
+# the last four: an array's header that is not a Python literal, or not the one expected.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -85,7 +85,7 @@ def read(source: str, inputs: Sequence[InputSpec], label: str) -> object:
         return _load_npz(path, label)
     if re.fullmatch(r"[\w.]+:[\w.]+", source):
         return _call(source, label)
-    raise DataError(f"{label}: no such file or directory, nor of the form module:callable")
+    raise DataError(f"{label}: no such file or directory, and not of the form module:callable")
 
 
 def stream(source: object, inputs: Sequence[InputSpec], label: str) -> Iterator[Feed]:
@@ -117,7 +117,7 @@ def check_feed(
     names = [spec.name for spec in inputs]
     if extra := [name for name in feed if name not in names]:
         raise DataError(
-            f"{label}: {extra[0]!r} is no input of the model, whose inputs are {', '.join(names)}"
+            f"{label}: {extra[0]!r} is not an input of the model, which takes {', '.join(names)}"
         )
     arrays = {}
     for spec in inputs:
@@ -205,7 +205,7 @@ def _load_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, label: str) 
             raise DataError(f"{what} is pickled, and loading it could run code; save plain arrays")
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or size != member.file_size - stream.tell():
-            raise DataError(f"{what} has not the size that its shape {shape} says; save it again")
+            raise DataError(f"{what} does not fit its shape {shape}; save it again")
     with archive.open(member) as stream:
         array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
     return array

@@ -205,7 +205,7 @@ class _Arrays(Samples):
         self._available = min(lengths.values(), default=0)
         if self._available == 0 or len(set(lengths.values())) > 1:
             counts = ", ".join(f"{name!r} {count}" for name, count in lengths.items())
-            raise DataError(f"{label}: the arrays must have one first axis, of samples: {counts}")
+            raise DataError(f"{label}: first axes (samples) differ or are empty: {counts}")
 
     def __len__(self) -> int:
         return self._available

@@ -153,7 +153,9 @@ def _warnings(report: Report) -> list[str]:
     """Return what a reader must know before trusting the figures, a line each."""
     lines = [*report["calibration"]["notes"], *report["deployment"]["warnings"]]
     if kept := report["calibration"]["padding_kept"]:
-        lines.append(f"padding counts in {', '.join(kept)}: their shape hides which rows are")
+        lines.append(
+            f"padding counts in {', '.join(kept)}: their shape does not show which rows are padding"
+        )
     if report["model"]["checker"] != "passed":
         lines.append(
             f"onnx.checker refuses the dense model, as it did before: {report['model']['checker']}"

@@ -285,7 +285,7 @@ def test_a_page_never_replaces_its_report(run: Path, capsys) -> None:
 
 
 def test_runs_are_named_by_what_tells_them_apart() -> None:
-    from iobs_onnx.commands.report import run_names
+    from iobs_onnx.commands.compare import run_names
 
     assert run_names(["x/a/report.json", "x/b/report.json"]) == ["a", "b"]
     assert run_names(["x/a/r/report.json", "x/b/r/report.json"]) == ["a", "b"]
