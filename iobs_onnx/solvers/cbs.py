@@ -17,16 +17,16 @@ Another in Neural Networks", ICML 2022, algorithm 1. Differences:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-import iobs_onnx.solvers as solvers  # noqa: PLR0402 - nothing imports from the root
 from iobs_onnx.solvers.allocate import allocate
 from iobs_onnx.solvers.exhaustive import all_supports, exhaustive
 from iobs_onnx.solvers.problem import Problem, Solver, Sparse
 from iobs_onnx.solvers.refit import refit
+from iobs_onnx.solvers.sparsegpt import SparseGPT
 from iobs_onnx.solvers.tableau import Tableaux, rows_at_once
 from iobs_onnx.sparsity import NM
 
@@ -39,7 +39,7 @@ class CBS:
     take 128 MiB.
 
     Attributes:
-        start: name or instance of the solver whose support is improved.
+        start: the solver whose support is improved.
         swaps: most swaps of each row.
         tenure: swaps for which a weight that moved stays where it is. 0: only swaps that
             lower the error by more than `gain` are made, and a row ends when there is none.
@@ -51,7 +51,7 @@ class CBS:
         tolerance: relative gradient on the support at which the refit ends.
     """
 
-    start: str | Solver = "sparsegpt"
+    start: Solver = field(default_factory=SparseGPT)
     swaps: int = 96
     tenure: int = 10
     gain: float = 1e-4
@@ -65,7 +65,7 @@ class CBS:
         supports = all_supports(problem.pattern, problem.weight.shape[1], self.tiny)
         if supports is not None:
             return self._refit(problem, exhaustive(problem, supports))
-        first = solvers.make_solver(self.start).solve(problem).mask
+        first = self.start.solve(problem).mask
         if self.widest is not None and first.shape[1] > self.widest:
             return self._refit(problem, first)
         rows = rows_at_once(first.shape[1])

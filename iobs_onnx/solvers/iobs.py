@@ -23,8 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from iobs_onnx.solvers.allocate import allocate
-from iobs_onnx.solvers.cbs import CBS
-from iobs_onnx.solvers.problem import Problem, Solver, Sparse, inverse
+from iobs_onnx.solvers.problem import Problem, Sparse, inverse
 from iobs_onnx.solvers.refit import refit
 from iobs_onnx.sparsity import NM
 
@@ -222,11 +221,3 @@ def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
     shifted = hessian / rho
     shifted.diagonal().add_(1.0)
     return inverse(shifted, f"H/ρ + I with ρ = {rho:.3g}")
-
-
-PRESETS: dict[str, Solver] = {
-    "fast": IOBS(rho=2.0, saliency=0.5, inverses=1, tolerance=None),
-    "balanced": IOBS(),
-    # Tableaux take in³ a row: most of an hour for a layer of 4096 × 4096.
-    "best": CBS(start=IOBS(restarts=24), swaps=64, widest=2048),
-}
