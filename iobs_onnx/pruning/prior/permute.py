@@ -11,7 +11,7 @@ import torch
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.engine import Place, keep_only, measure_once
 from iobs_onnx.hessian import Hessian
-from iobs_onnx.layer import solve_stacked
+from iobs_onnx.layer import absolute_damping, solve_stacked
 from iobs_onnx.passes import (
     Chain,
     find_chains,
@@ -123,8 +123,7 @@ def _order(
 def _scores(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the OBS cost of removing each weight alone, `w² / [H⁻¹]_jj`."""
     damped = hessian.clone()
-    level = float(hessian.diagonal().mean())
-    damped.diagonal().add_(damping * level if level > 0 else 1.0)
+    damped.diagonal().add_(absolute_damping(damping, hessian))
     return weight.square() / inverse(damped, "H + λI").diagonal()
 
 
