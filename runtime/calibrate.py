@@ -21,6 +21,7 @@ from iobs_onnx.hessian import (
     Hessian,
     exact_float32,
 )
+from iobs_onnx.runtime.geometry import output_space
 from iobs_onnx.runtime.rows import read_rows
 from iobs_onnx.runtime.stream import Batch
 from iobs_onnx.site import Patches, Rows, Tap
@@ -297,24 +298,9 @@ def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
     """Whether the stream beside a tap has a row for each of the site's output."""
     x, r = batch.values[tap.value], batch.values[other.value]
     if isinstance(tap.form, Patches):
-        space = _output_space(tuple(x.shape[2:]), tap.form)
+        space = output_space(tuple(x.shape[2:]), tap.form)
         return tuple(r.shape) == (x.shape[0], other.features, *space)
     return tuple(r.shape) == (*x.shape[:-1], other.features)
-
-
-def _output_space(space: tuple[int, ...], form: Patches) -> tuple[int, ...]:
-    """Return the size of a convolution's output along each spatial axis."""
-    rank = len(space)
-    sizes = []
-    for axis, size in enumerate(space):
-        stride = form.strides[axis]
-        if form.auto_pad.startswith("SAME"):
-            sizes.append(-(-size // stride))
-            continue
-        padded = size + (form.pads[axis] + form.pads[rank + axis])
-        span = (form.kernel[axis] - 1) * form.dilations[axis] + 1
-        sizes.append((padded - span) // stride + 1)
-    return tuple(sizes)
 
 
 def _in_step(

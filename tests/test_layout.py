@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,16 @@ def test_imports_are_absolute_and_pass_the_root_by(name: str, file: Path) -> Non
 
 def test_solver_names_in_the_options_are_those_of_the_registry() -> None:
     assert set(SOLVER_NAMES) == set(SOLVERS)
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in asked}
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Why each dependency")[1]
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", table.split("\n## ")[0], re.MULTILINE)
+    explained = {word.lower() for row in rows for word in re.findall(r"[\w.-]+", row)}
+    assert names - explained == {"iobs-onnx", "onnxruntime-gpu"}
 
 
 def test_no_path_of_a_machine_is_named() -> None:

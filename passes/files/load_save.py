@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 
 from iobs_onnx.errors import ModelError, OptionError
 from iobs_onnx.passes.files import preserve, protos
+from iobs_onnx.passes.files.atomic import replacing_all
 from iobs_onnx.passes.graph import walk
 from iobs_onnx.passes.graph.tensors import slots
 
@@ -111,22 +111,16 @@ def saving(
     target, data, external = _output_files(model, path)
     model = model.clone()
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            beside, data_beside = Path(folder, target.name), Path(folder, data.name)
+        with replacing_all([mask_file(target), data, target]) as folder:
             if external:
-                _externalize(model, folder, data.name)
+                _externalize(model, os.fspath(folder), data.name)
             else:
                 bring_into_memory(model)
+            beside = folder / target.name
             beside.write_bytes(protos.to_proto(model).SerializeToString())
             if masks is not None:
-                beside_masks = Path(folder, mask_file(target).name)
-                save_file(dict(masks), beside_masks, {"True": "kept"})
+                save_file(dict(masks), folder / mask_file(target).name, {"True": "kept"})
             yield beside
-            if masks is not None:
-                os.replace(beside_masks, mask_file(target))
-            if data_beside.exists():
-                os.replace(data_beside, data)
-            os.replace(beside, target)
     except OSError as error:
         raise OptionError(f"output {path}: cannot be written ({error.strerror})") from error
 

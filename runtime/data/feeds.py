@@ -6,12 +6,9 @@ with a label of the data and names the tensor at fault.
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import re
 import struct
-import sys
 import tokenize
 import zipfile
 import zlib
@@ -24,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, IobsError
+from iobs_onnx.runtime.data.named import NoCallable, find_callable
 from iobs_onnx.runtime.session import InputSpec
 
 Feed: TypeAlias = dict[str, NDArray[Any]]
@@ -212,18 +210,11 @@ def _load_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, label: str) 
 
 
 def _call(source: str, label: str) -> object:
-    module_name, _, name = source.partition(":")
-    # A console script does not see modules in the working directory, `python -m` does.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    target = _guarded(lambda: importlib.import_module(module_name), label)
-    for part in name.split("."):
-        if not hasattr(target, part):
-            raise DataError(f"{label}: module {module_name!r} has no {name!r}")
-        target = getattr(target, part)
-    if not callable(target):
-        raise DataError(f"{label}: {name!r} is not callable")
-    return _guarded(target, label)
+    try:
+        function = _guarded(lambda: find_callable(source), label)
+    except NoCallable as error:
+        raise DataError(f"{label}: {error}") from error
+    return _guarded(function, label)
 
 
 def _checked(

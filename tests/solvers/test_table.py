@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.solvers import CBS, IOBS, OBS, PRESETS, SOLVERS, Problem, Solver, Sparse
+from iobs_onnx.solvers import CBS, IOBS, OBS, PRESETS, SOLVERS, Magnitude, Problem, Solver, Sparse
 from iobs_onnx.sparsity import NM, Pattern, Unstructured
 
 MakeProblem = Callable[..., Problem]
@@ -18,7 +18,7 @@ Errors = Callable[[Problem, torch.Tensor], NDArray[np.float64]]
 TABLE: dict[str, Solver] = {
     **{name: solver() for name, solver in SOLVERS.items()},
     "obs rank 16": OBS(rank=16),
-    "cbs from magnitude": CBS(start="magnitude"),
+    "cbs from magnitude": CBS(start=Magnitude()),
     "cbs from iobs": CBS(start=IOBS(growth=1.2)),
 }
 KINDS = ("correlated", "white", "scaled", "singular", "dead", "zero rows", "ties")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from iobs_onnx.hessian import Hessian
-from iobs_onnx.layer import solve_stacked
+from iobs_onnx.layer import absolute_damping, solve_stacked
 from iobs_onnx.passes import (
     Chain,
     find_chains,
@@ -107,8 +107,7 @@ def _order(
 def _scores(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the OBS cost of removing each weight alone, `w² / [H⁻¹]_jj`."""
     damped = hessian.clone()
-    level = float(hessian.diagonal().mean())
-    damped.diagonal().add_(damping * level if level > 0 else 1.0)
+    damped.diagonal().add_(absolute_damping(damping, hessian))
     return weight.square() / inverse(damped, "H + λI").diagonal()
 
 

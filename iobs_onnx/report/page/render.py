@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from iobs_onnx.errors import OptionError
+from iobs_onnx.passes import replacing
 from iobs_onnx.report.page import figures
 from iobs_onnx.report.page.comparison import Comparison
 from iobs_onnx.report.page.words import breakable, clamp, count_of, duration, option_text, show
@@ -117,9 +118,8 @@ def write_page(path: str | os.PathLike[str], html: str) -> Path:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.part")
-        beside.write_bytes(html.encode("utf-8", "backslashreplace"))
-        os.replace(beside, target)
+        with replacing(target) as beside:
+            beside.write_bytes(html.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise OptionError(f"page {path}: cannot be written ({error.strerror})") from error
     return target
