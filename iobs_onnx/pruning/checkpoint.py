@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import OptionError
-from iobs_onnx.passes import Codes
+from iobs_onnx.passes import Codes, replacing
 from iobs_onnx.pruning.records import Measurements, SolvedSite
 from iobs_onnx.runtime import Feed
 from iobs_onnx.site import Site
@@ -149,12 +148,8 @@ class Checkpoint:
         )
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        beside = self.folder / f".{name}.part"
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.folder / f"{name}.json")
+        with replacing(self.folder / f"{name}.json") as file:
+            file.write_text(json.dumps(content), encoding="utf-8")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from iobs_onnx.hessian import Cross, Hessian, combine, mix
+from iobs_onnx.passes import replacing
 from iobs_onnx.runtime import Calibration
 
 
@@ -78,9 +78,8 @@ def _write(path: Path, hessians: dict[Any, Hessian], residuals: dict[Any, Cross]
     crosses = {tap: item.drift for tap, item in hessians.items() if item.drift} | residuals
     for left, cross in crosses.items():
         tensors[_key(left, "cross")], tensors[_key(left, "cross mean")] = cross.matrix, cross.mean
-    beside = path.with_name(f".{path.name}.part")
-    save_file(tensors, beside)
-    os.replace(beside, path)
+    with replacing(path) as file:
+        save_file(tensors, file)
 
 
 def _read(held: Any, tap: Hashable) -> Hessian:

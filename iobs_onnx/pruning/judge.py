@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,9 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from iobs_onnx.engine import Engine, compare
-from iobs_onnx.errors import CheckError, DataError, GateError, OptionError
+from iobs_onnx.errors import CheckError, DataError, GateError, InputError, OptionError
 from iobs_onnx.passes import save_model
-from iobs_onnx.runtime import Data, OutputFidelity
+from iobs_onnx.runtime import Data, OutputFidelity, find_callable
 
 Metric = Callable[[str], float]
 
@@ -105,17 +103,12 @@ def find_metric(metric: str | Metric | None) -> Metric | None:
     """
     if not isinstance(metric, str):
         return metric
-    # A console script does not see modules in the working directory, `python -m` does.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    module, _, name = metric.partition(":")
     try:
-        found: Metric = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return find_callable(metric)
+    except (InputError, ImportError, ValueError) as error:
         raise OptionError(
             f"metric {metric!r}: expected module:callable, which can be imported ({error})"
         ) from error
-    return found
 
 
 def require_output_error(outputs: Sequence[OutputFidelity], bound: float | None) -> None:

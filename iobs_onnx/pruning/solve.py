@@ -22,6 +22,7 @@ from iobs_onnx.pruning.rounding import round_site
 from iobs_onnx.pruning.stages import Proposal, Work
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import make_solver
+from iobs_onnx.solvers.quadratic import squared_norm
 from iobs_onnx.sparsity import Pattern
 
 
@@ -108,12 +109,12 @@ class _Stacked:
             stored, codes, nearest = self._stored(site, solutions[index], aims[index], moments)
 
             def excess(array: Stored, index: int = index, site: Site = site) -> float:
-                return _quadratic(matrices(site, array, device) - aims[index], moments)
+                return squared_norm(matrices(site, array, device) - aims[index], moments.matrix)
 
             measured = Measurements(
                 pattern=str(self.pattern),
                 excess=excess(stored),
-                energy=_quadratic(dense[index], self.hessian),
+                energy=squared_norm(dense[index], self.hessian.matrix),
                 compared=sum(s.excess for s in other[index]) if other else None,
                 quantized=None if config.quantize is None else why_not_integers(site) or "int8",
                 nearest=None if nearest is None else excess(nearest),
@@ -173,9 +174,3 @@ class _Stacked:
 
 def _tensor(array: Stored) -> ir.TensorProtocol:
     return ir.Tensor(np.ascontiguousarray(array))
-
-
-def _quadratic(weight: torch.Tensor, hessian: Hessian) -> float:
-    """Return `tr(W H Wᵀ)` over all groups."""
-    value = float(((weight @ hessian.matrix) * weight).sum(dtype=torch.float64))
-    return max(value, 0.0)

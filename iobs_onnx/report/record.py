@@ -19,6 +19,7 @@ from typing import Any
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import OptionError
 from iobs_onnx.inspection import describe_declined
+from iobs_onnx.passes import replacing
 from iobs_onnx.report.schema import SCHEMA_VERSION
 from iobs_onnx.report.site_report import SiteReport
 from iobs_onnx.report.totals import too_few_rows, totals_of
@@ -135,9 +136,8 @@ class PruneReport:
         page = render_report(json.loads(self.to_json()))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(".report.json.part")
-            beside.write_text(self.to_json() + "\n", encoding="utf-8")
-            os.replace(beside, path)
+            with replacing(path) as file:
+                file.write_text(self.to_json() + "\n", encoding="utf-8")
         except OSError as error:
             raise OptionError(f"report {path}: cannot be written ({error.strerror})") from error
         write_page(path.with_name("report.html"), page)
