@@ -25,7 +25,7 @@ from iobs_onnx.passes import (
     load_model,
     stored_slots,
 )
-from iobs_onnx.selection import select
+from iobs_onnx.pruning.selection import select
 from iobs_onnx.site import Declined
 from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 

@@ -67,6 +67,20 @@ def test_imports_are_absolute_and_pass_the_root_by(name: str, file: Path) -> Non
             assert all(alias.name != "iobs_onnx" for alias in node.names), name
 
 
+def test_a_room_can_be_overlooked() -> None:
+    """The root has few rooms, a file is read at a sitting, a function at a glance."""
+    rooms = [path for path in (ROOT / "iobs_onnx").iterdir() if path.name != "__pycache__"]
+    assert len(rooms) <= 20
+    for name, file in modules():
+        text = file.read_text()
+        assert text.count("\n") <= 400, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{name}.{node.name}"
+
+
 def test_solver_names_in_the_options_are_those_of_the_registry() -> None:
     assert set(SOLVER_NAMES) == set(SOLVERS)
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from iobs_onnx.memory import give_back
+from iobs_onnx.engine import give_back
 from iobs_onnx.passes import Segment, release
 from iobs_onnx.pruning.records import Run, SolvedSite, rewrite_sites
 from iobs_onnx.runtime import Batch, Feed, Stream, Sums, collect

@@ -30,6 +30,7 @@ from iobs_onnx.pruning.prior.permute import permuted
 from iobs_onnx.pruning.progress import Progress
 from iobs_onnx.pruning.records import Run
 from iobs_onnx.pruning.rounds import UNREACHED, Rounds
+from iobs_onnx.pruning.selection import decline, select
 from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.sources import calibration_sources
 from iobs_onnx.pruning.stages import Pruned, run_model_stages
@@ -37,7 +38,6 @@ from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import Data, InputSpec, input_specs, join, open_data
-from iobs_onnx.selection import decline, select
 from iobs_onnx.site import Candidates, Declined
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model

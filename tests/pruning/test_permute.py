@@ -17,8 +17,8 @@ from iobs_onnx.errors import OptionError
 from iobs_onnx.passes import find_sites, load_model, save_model
 from iobs_onnx.pruning.prior.permute import permuted
 from iobs_onnx.pruning.records import Run
+from iobs_onnx.pruning.selection import select
 from iobs_onnx.runtime import input_specs, open_data
-from iobs_onnx.selection import select
 
 Feeds = list[dict[str, np.ndarray]]
 
