@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from iobs_onnx.config import PruneConfig, make_config
+from iobs_onnx.passes.ops.use import Handler
 from iobs_onnx.runtime.data.images import Preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,20 @@ def test_the_handler_of_the_page_is_the_one_in_the_code() -> None:
     # Comments of the code are left out on the page.
     source = "\n".join(line for line in source.splitlines() if not line.strip().startswith("#"))
     assert code.strip() in source
+
+
+def test_what_the_page_of_operators_names_is_there() -> None:
+    page = (ROOT / "docs" / "adding-an-operator.md").read_text()
+    tables = re.findall(r"^\| (.*?`passes/[^|]*) \|", page, re.MULTILINE)
+    assert len(tables) == 6
+    for row in tables:
+        *names, file = re.findall(r"`([^`]+)`", row)
+        source = (ROOT / file).read_text()
+        assert all(f"{name} = " in source or f"{name}: " in source for name in names), row
+    for file in re.findall(r"`((?:passes|runtime|iobs_onnx|tests)/[^`]*)`", page):
+        assert (ROOT / file).exists(), file
+    fields = {field.name for field in dataclasses.fields(Handler)} - {"operands", "describe"}
+    assert set(re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \|$", page, re.MULTILINE)) == fields
 
 
 def test_the_toml_of_the_quickstart_is_valid() -> None:
