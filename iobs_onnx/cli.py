@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from iobs_onnx.commands import bench, report
+from iobs_onnx.commands import bench, distill, report
 from iobs_onnx.config import PruneConfig, parse_bytes, read_toml
 from iobs_onnx.errors import CheckError, GateError, IobsError, OptionError
 from iobs_onnx.pruning.progress import Progress
@@ -95,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     report.add(commands)
     bench.add(commands)
+    distill.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
