@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from iobs_onnx.commands import bench, compare, inspect, prune, report, verify
+from iobs_onnx.commands import bench, compare, distill, inspect, prune, report, verify
 from iobs_onnx.errors import CheckError, GateError, IobsError
 
 _EXIT_CODES = {CheckError: 1, GateError: 4}
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="print a script that completes this command in a shell, and exit",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for each in (prune, inspect, verify, report, compare, bench):
+    for each in (prune, distill, inspect, verify, report, compare, bench):
         each.add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show tracebacks")

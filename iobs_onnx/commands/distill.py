@@ -1,0 +1,146 @@
+"""`iobs-onnx distill`: train what is kept of a sparse model towards its dense one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from typing import Any
+
+from iobs_onnx.config import PruneConfig
+from iobs_onnx.errors import OptionError
+
+# Options of prune that say how data are read.
+_DATA = (
+    *("text", "tokenizer", "pack", "images", "preprocess", "sequence_length", "start_token"),
+    *("samples", "batch_size"),
+)
+_UNITS = {"": 1, "s": 1, "min": 60, "h": 3600}
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser(
+        "distill",
+        help="train what is kept of a sparse model towards its dense one",
+        description="Train the kept weights, biases and norms of a sparse model towards the dense "
+        "model's outputs, without labels. Zeros stay zeros. If the held-out loss does not fall, "
+        "OUT holds the sparse model as it came.",
+    )
+    command.set_defaults(run=_distill)
+    command.add_argument("dense", metavar="DENSE", help="the model that SPARSE was made from")
+    command.add_argument("sparse", metavar="SPARSE", help="pruned here or elsewhere")
+    command.add_argument(
+        "--calibration",
+        metavar="DATA",
+        action="append",
+        help="as for prune; with self a language model goes on writing text for as long as "
+        "training lasts",
+    )
+    command.add_argument(
+        "--holdout",
+        metavar="DATA",
+        help="data that only judge (default: a tenth of the calibration data)",
+    )
+    command.add_argument("--output", metavar="OUT.onnx", required=True, help="the model to write")
+    length = command.add_mutually_exclusive_group()
+    length.add_argument(
+        "--distill-steps", type=int, default=400, metavar="N", help="steps (default: 400)"
+    )
+    length.add_argument(
+        "--distill-time",
+        type=_seconds,
+        metavar="TIME",
+        help="as many steps as fit into this: 90s, 20min, 1.5h",
+    )
+    command.add_argument(
+        "--distill-rate",
+        type=float,
+        metavar="RATE",
+        help="highest learning rate (default: found by a short test)",
+    )
+    command.add_argument(
+        "--loss",
+        default="auto",
+        choices=("auto", "kl", "mse", "embedding"),
+        help="how outputs are matched (default: auto, by what each is)",
+    )
+    command.add_argument(
+        "--mirror", action="store_true", help="mirror images by chance, where that means nothing"
+    )
+    for option in dataclasses.fields(PruneConfig):
+        if option.name in _DATA:
+            flag = "--" + option.name.replace("_", "-")
+            how = option.metadata["how"]
+            command.add_argument(flag, default=None, help=option.metadata["help"], **how)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 90s, 20min or 1.5h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    from iobs_onnx.commands.console import Bars, make_console
+    from iobs_onnx.pruning.distil.run import distil_file
+    from iobs_onnx.pruning.distil.settings import DistilSettings
+    from iobs_onnx.pruning.progress import Progress
+
+    if arguments.seed < 0:
+        raise OptionError(f"seed {arguments.seed}: must not be negative")
+    settings = DistilSettings(
+        steps=arguments.distill_steps,
+        seconds=arguments.distill_time,
+        rate=arguments.distill_rate,
+        loss=arguments.loss,
+        seed=arguments.seed,
+    )
+    console = make_console()
+    quiet = arguments.quiet or arguments.json
+    found = distil_file(
+        arguments.dense,
+        arguments.sparse,
+        calibration=arguments.calibration,
+        holdout=arguments.holdout,
+        output=arguments.output,
+        mirror=arguments.mirror,
+        settings=settings,
+        progress=Progress() if quiet or not console.is_terminal else Bars(console),
+        **{name: value for name in _DATA if (value := getattr(arguments, name)) is not None},
+    )
+    if arguments.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    elif not arguments.quiet:
+        _show(console, found)
+    return 0
+
+
+def _show(console: Any, found: Any) -> None:
+    from rich.table import Table
+
+    distilled = found.distilled
+    table = Table(title=f"{distilled.steps} steps, rate {distilled.rate:.2g}")
+    for heading in ("step", "training loss", "held-out loss"):
+        table.add_column(heading, justify="right")
+    for step, loss, judged in distilled.curve:
+        table.add_row(str(step), "–" if loss is None else f"{loss:.4g}", f"{judged:.4g}")
+    console.print(table)
+    kinds = ", ".join(f"{name} by {kind}" for name, kind in distilled.losses.items())
+    console.print(
+        f"held-out loss {distilled.before:.4g} → {distilled.after:.4g} ({kinds}); "
+        f"{distilled.trained:,} numbers trained on {distilled.rows:,} rows",
+        soft_wrap=True,
+    )
+    for note in distilled.notes:
+        console.print(note, soft_wrap=True)
+    if not distilled.accepted:
+        console.print(
+            "the held-out loss did not fall: the weights were left as they were", style="bold"
+        )
+    console.print(f"wrote {found.output}", soft_wrap=True)

@@ -1,0 +1,235 @@
+"""What an output is, and how far the sparse model's lies from the dense model's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from iobs_onnx.errors import ModelError
+from iobs_onnx.passes import find_token_input
+from iobs_onnx.pruning.distil.settings import Loss
+
+Kind: TypeAlias = Literal["kl", "mse", "embedding"]
+
+# Caches of keys and values leave beside the outputs; they follow from the same activations.
+_CACHE = re.compile(r"^(present|past)")
+_LOGITS = re.compile(r"logit|score|prob|label", re.IGNORECASE)
+_VECTORS = re.compile(r"hidden|embed|feature|pool", re.IGNORECASE)
+_SOFTMAX = ("Softmax", "LogSoftmax")
+# Elements of logits at a time: a few rows of a large vocabulary, in a core's cache and no more.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output that is matched.
+
+    Attributes:
+        output: name of the model's output.
+        value: what is compared: the output, or the logits in front of its softmax.
+        kind: of loss.
+        axis: of the classes, for `kl`.
+    """
+
+    output: str
+    value: str
+    kind: Kind
+    axis: int = -1
+
+
+def find_targets(model: ir.Model, loss: Loss = "auto") -> list[Target]:
+    """Return the outputs to match, each with its loss.
+
+    With `auto`, in this order:
+
+    1. a Softmax or LogSoftmax at the end, or a name with `logit`, `score`, `prob` or `label`: `kl`;
+    2. a last axis as long as the vocabulary that the model looks up: `kl`;
+    3. a name with `hidden`, `embed`, `feature` or `pool`: `embedding`;
+    4. in a model that looks up no tokens, `(batch, classes)` from a Gemm or MatMul: `kl`;
+    5. in a model that looks up tokens, three axes: `embedding`;
+    6. `mse`.
+
+    Caches of keys and values and outputs that are no floats are not matched.
+
+    Raises:
+        ModelError: no output can be matched.
+    """
+    tokens = find_token_input(model)
+    vocabulary = None if tokens is None else tokens[1]
+    found = [
+        _target(value, loss, vocabulary)
+        for value in model.graph.outputs
+        if not _CACHE.match(value.name or "") and (value.dtype is None or _is_float(value))
+    ]
+    if not found:
+        raise ModelError("distillation: the model has no float output besides caches")
+    return found
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _target(value: ir.Value, loss: Loss, vocabulary: int | None) -> Target:
+    name, node = value.name or "", value.producer()
+    if node is not None and node.op_type in _SOFTMAX and loss in ("auto", "kl"):
+        before = node.inputs[0]
+        assert before is not None, "a softmax has an input"
+        return Target(name, before.name or "", "kl", node.attributes.get_int("axis", -1))
+    return Target(name, name, _kind(value, vocabulary) if loss == "auto" else loss)
+
+
+def _kind(value: ir.Value, vocabulary: int | None) -> Kind:
+    name = value.name or ""
+    shape = value.shape
+    rank = None if shape is None else len(shape)
+    if _LOGITS.search(name):
+        return "kl"
+    if vocabulary is not None and shape is not None and rank and shape[-1] == vocabulary:
+        return "kl"
+    if _VECTORS.search(name):
+        return "embedding"
+    if vocabulary is None and rank == 2 and _linear(value):
+        return "kl"
+    return "embedding" if vocabulary is not None and rank == 3 else "mse"
+
+
+def _linear(value: ir.Value) -> bool:
+    """Whether a Gemm, or a MatMul with or without a bias behind it, makes the value."""
+    node = value.producer()
+    if node is not None and node.op_type == "Add":
+        makers = [v.producer() for v in node.inputs if v is not None]
+        return any(maker is not None and maker.op_type == "MatMul" for maker in makers)
+    return node is not None and node.op_type in ("Gemm", "MatMul")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A loss and how many rows it is the mean of: tokens, images or texts."""
+
+    loss: Tensor
+    rows: int
+
+
+def distance(
+    targets: Sequence[Target],
+    dense: Mapping[str, Tensor],
+    sparse: Mapping[str, Tensor],
+    mask: Tensor | None,
+) -> Distance:
+    """Return the mean over the targets of their losses; all weigh alike.
+
+    Args:
+        targets: at least one.
+        dense, sparse: value name to what the two models give on one feed.
+        mask: `(batch, length)`, zero where there is padding: outputs whose first axes are these
+            leave it out. None where there is none.
+
+    Raises:
+        ModelError: the outputs do not fit each other.
+    """
+    losses, rows = [], 0
+    for target in targets:
+        a, b = dense[target.value], sparse[target.value]
+        if a.shape != b.shape:
+            raise ModelError(
+                f"distillation: output {target.output!r} has shape {tuple(a.shape)} in the dense "
+                f"model and {tuple(b.shape)} in the sparse one"
+            )
+        valid = _valid(a, mask)
+        if target.kind == "kl":
+            loss, count = _kl(a.movedim(target.axis, -1), b.movedim(target.axis, -1), valid)
+        elif target.kind == "embedding":
+            loss, count = _embedding(a.float(), b.float(), valid)
+        else:
+            loss, count = _error(a.float(), b.float(), valid)
+        losses.append(loss)
+        rows = max(rows, count)
+    return Distance(torch.stack(losses).mean(), rows)
+
+
+def _valid(output: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return the mask as booleans where it applies to this output and marks anything."""
+    if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
+        return None
+    marked = mask != 0
+    return None if bool(marked.all()) else marked
+
+
+def _kl(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
+    """KL(dense ‖ sparse) in nats, mean over rows."""
+    if valid is not None:
+        a, b = a[valid], b[valid]
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    total: Tensor = _Divergence.apply(b, a)
+    return total / len(a), len(a)
+
+
+class _Divergence(torch.autograd.Function):
+    """Σ KL over rows of logits, chunk by chunk; the gradient is made on the way forward.
+
+    `∂/∂b KL(softmax a ‖ softmax b) = softmax b − softmax a`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sparse: Tensor, dense: Tensor) -> Tensor:
+        rows = max(1, _CHUNK // max(1, sparse.shape[-1]))
+        gradient = torch.empty_like(sparse) if ctx.needs_input_grad[0] else None
+        total = sparse.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(sparse), rows):
+            chosen = slice(start, start + rows)
+            log_p = torch.log_softmax(dense[chosen].float(), -1)
+            log_q = torch.log_softmax(sparse[chosen].float(), -1)
+            p = log_p.exp()
+            total += (log_p.sub_(log_q)).mul_(p).sum(dtype=torch.float64)
+            if gradient is not None:
+                gradient[chosen] = log_q.exp_().sub_(p)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None
+
+
+def _error(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
+    """‖b − a‖² / ‖a‖² over what is no padding."""
+    if valid is not None:
+        a, b = a[valid], b[valid]
+    rows = a.shape[0] if a.ndim else 1
+    return _relative(a, b), rows
+
+
+def _embedding(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
+    """The error of hidden states, of their means, and of the means' pairwise cosines; a third each.
+
+    Similarities are what embeddings are used for: Tung and Mori, "Similarity-Preserving Knowledge
+    Distillation", 2019, equation 3, with cosines and the diagonal left out.
+    """
+    hidden, rows = _error(a, b, valid)
+    if a.ndim == 3:
+        weight = torch.ones(a.shape[:2]) if valid is None else valid.float()
+        weight = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)
+        a, b = (a * weight).sum(1), (b * weight).sum(1)
+    elif a.ndim != 2:
+        return hidden, rows
+    terms = [hidden, _relative(a, b)]
+    if len(a) > 1:
+        first, second = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
+        off = ~torch.eye(len(a), dtype=torch.bool)
+        terms.append(_relative((first @ first.T)[off], (second @ second.T)[off]))
+    return torch.stack(terms).mean(), rows
+
+
+def _relative(a: Tensor, b: Tensor) -> Tensor:
+    return (b - a).square().sum() / a.square().sum().clamp(min=1e-12)

@@ -1,0 +1,152 @@
+"""Distil a whole sparse model towards its dense one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+
+import onnx_ir as ir
+
+from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.pruning.distil.losses import find_targets
+from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
+from iobs_onnx.pruning.distil.trained import Mask, masters
+from iobs_onnx.pruning.distil.training import (
+    TRIED,
+    Pair,
+    Plan,
+    State,
+    find_rate,
+    first,
+    planned,
+    train,
+)
+from iobs_onnx.runtime import Feed
+from iobs_onnx.runtime.differentiable import Evaluator, agreement, unsupported
+
+
+def distil(
+    dense: ir.Model,
+    sparse: ir.Model,
+    feeds: Iterable[Feed],
+    held_out: Sequence[Feed],
+    *,
+    kept: Mapping[str, Mask],
+    settings: DistilSettings | None = None,
+    told: Callable[[int, int, float], None] | None = None,
+) -> Distilled:
+    """Train what is kept of a sparse model towards the dense model's outputs, without labels.
+
+    Minimises the mean over outputs of KL(dense ‖ sparse) for logits, `‖s − d‖² / ‖d‖²` for other
+    outputs, and for embeddings the mean of this for hidden states, pooled vectors and pairwise
+    similarities (see :func:`iobs_onnx.pruning.distil.losses.find_targets`), by Adam with warm-up
+    and a cosine schedule. The state with the lowest held-out loss is returned, and only if that is
+    below the loss before. The same arguments give the same bytes on one machine, unless
+    `settings.seconds` is given.
+
+    Self-generated text against overfitting: Ji et al., "Beware of Calibration Data for Pruning
+    Large Language Models", 2024, section 4. Training the kept weights of a fixed mask towards the
+    dense model: Guo et al., "EBFT", 2024, section 3, there block by block.
+
+    Args:
+        dense, sparse: models with the same inputs and outputs; neither is changed.
+        feeds: one a step, in the models' input dtypes; may be endless. `attention_mask`,
+            `(batch, length)`, marks padding with 0: outputs leave it out.
+        held_out: judge every state; bounded, as each of about twenty checks runs all of them.
+        kept: name of a stored float tensor of `sparse` to its mask, boolean in the stored shape,
+            True = kept. Biases, scales and offsets are trained too, see
+            :func:`iobs_onnx.pruning.distil.trained.masters`.
+        settings: how; the defaults without.
+        told: is called after every step with the step, the number of steps and the last held-out
+            loss.
+
+    Returns:
+        New tensors by name, float32 masters rounded to their stored dtype; none if the held-out
+        loss did not fall.
+
+    Raises:
+        ModelError: a model cannot be evaluated in torch, or is evaluated otherwise than by ONNX
+            Runtime; a mask does not fit; there is no output to match.
+        DataError: there are no feeds to train on, or none to judge by.
+    """
+    settings = settings or DistilSettings()
+    held_out = list(held_out)
+    stream = iter(feeds)
+    ahead = first(stream, TRIED)
+    if not ahead or not held_out:
+        what = "held-out feeds to judge by" if ahead else "feeds to train on"
+        raise DataError(f"distillation: there are no {what}")
+    began = time.perf_counter()
+    pair = _pair(dense, sparse, ahead[0], kept, settings)
+    before = pair.judge(held_out)
+    start = State.of(pair, before)
+    rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
+    steps = settings.steps
+    if settings.seconds is not None:
+        left = settings.seconds - (time.perf_counter() - began)
+        steps = planned(pair, ahead, left, settings.clip, start)
+
+    def tell(step: int, loss: float) -> None:
+        if told is not None:
+            told(step, steps, loss)
+
+    plan = Plan(steps, rate, settings.warm_up, settings.clip, settings.checks, tell)
+    run = train(pair, chain(ahead, stream), held_out, plan, start)
+    accepted = run.best < before
+    return Distilled(
+        tensors={m.name: m.stored() for m in pair.masters} if accepted else {},
+        curve=run.curve,
+        before=before,
+        after=run.best,
+        accepted=accepted,
+        steps=run.steps,
+        feeds=run.steps,
+        rows=run.rows,
+        seconds=time.perf_counter() - began,
+        rate=rate,
+        losses={target.output: target.kind for target in pair.targets},
+        trained=sum(m.count for m in pair.masters),
+        notes=(run.note,) if run.note else (),
+    )
+
+
+def _pair(
+    dense: ir.Model,
+    sparse: ir.Model,
+    feed: Feed,
+    kept: Mapping[str, Mask],
+    settings: DistilSettings,
+) -> Pair:
+    targets = find_targets(dense, settings.loss)
+    if found := [t.value for t in targets if t.value not in set(_values(sparse))]:
+        raise ModelError(f"distillation: the sparse model has no value {found[0]!r}")
+    trained = masters(sparse, kept, small=settings.small, embeddings=settings.embeddings)
+    if not trained:
+        raise ModelError("distillation: no mask was given, and the model has no biases to train")
+    return Pair(
+        _evaluator(dense, feed, "dense", recompute=False),
+        _evaluator(sparse, feed, "sparse", recompute=settings.recompute),
+        targets,
+        trained,
+    )
+
+
+def _evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool) -> Evaluator:
+    """Return a model's evaluation in float32, once it has been held against ONNX Runtime's."""
+    if reasons := unsupported(model):
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise ModelError(
+            f"distillation: the {which} model cannot be evaluated in torch: {reasons[0]}{more}"
+        )
+    evaluator = Evaluator(model, precision="float32", checkpoint=recompute)
+    found = agreement(model, [feed], evaluator=evaluator)
+    if not found.ok:
+        raise ModelError(f"distillation: the {which} model: {found.reason}")
+    return evaluator
+
+
+def _values(model: ir.Model) -> Iterator[str]:
+    yield from (value.name or "" for value in model.graph.inputs)
+    for node in model.graph:
+        yield from (value.name or "" for value in node.outputs)
