@@ -36,7 +36,7 @@ def test_equals_float64_and_is_symmetric(features):
     assert hessian.matrix.shape == (1, features, features)
     assert hessian.matrix.dtype == torch.float32
     assert torch.equal(hessian.matrix, hessian.matrix.mT)
-    assert relative(hessian.matrix[0].numpy(), reference(rows)) < 1e-6
+    assert relative(hessian.matrix[0].numpy(), reference(rows)) < 1e-5
 
 
 def test_groups_are_independent():
@@ -45,7 +45,7 @@ def test_groups_are_independent():
     sums.add(torch.from_numpy(rows))
     matrix = sums.finish().matrix.numpy()
     for group in range(3):
-        assert relative(matrix[group], reference(rows[group])) < 1e-6
+        assert relative(matrix[group], reference(rows[group])) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_combine_weighs_by_rows():
         hessians.append(sums.finish())
     both = combine(hessians)
     assert both.rows == 60
-    assert relative(both.matrix[0].numpy(), reference(rows)) < 1e-6
+    assert relative(both.matrix[0].numpy(), reference(rows)) < 1e-5
     assert combine(hessians[:1]) is hessians[0]
 
 

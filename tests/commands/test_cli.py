@@ -217,7 +217,8 @@ def test_verify_compares_outputs_with_the_dense_model(toy: Path, capsys) -> None
 
     feed = dict(np.load(toy / "data.npz"))
     runs = [
-        ort.InferenceSession(toy / name).run(None, feed)[0] for name in ("toy.onnx", "out.onnx")
+        ort.InferenceSession(toy / name).run(None, feed)[0].astype(float)
+        for name in ("toy.onnx", "out.onnx")
     ]
     expected = np.linalg.norm(runs[1] - runs[0]) / np.linalg.norm(runs[0])
     assert output["relative_error"] == pytest.approx(expected, rel=1e-5)

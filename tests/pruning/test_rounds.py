@@ -72,7 +72,8 @@ def test_rounds_that_forget_nothing_end_where_one_round_on_all_data_does(
 
     whole = weight()
     scale = np.abs(whole).max()
-    assert np.abs(weight(rounds=4, forgetting_factor=1.0) - whole).max() < 1e-4 * scale
+    # Rounding of float32 times the condition of the Hessian, some 1,500.
+    assert np.abs(weight(rounds=4, forgetting_factor=1.0) - whole).max() < 1e-3 * scale
     assert np.abs(weight(rounds=4) - whole).max() > 1e-2 * scale
     with pytest.raises(OptionError, match=r"forgetting_factor 0\.5: one round has none before it"):
         weight(forgetting_factor=0.5)

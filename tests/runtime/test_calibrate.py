@@ -53,7 +53,7 @@ def test_equals_numpy_float64(session):
     done = []
     result = calibrate(session, [H], iter(feeds), progress=lambda: done.append(1))
     rows = np.maximum(np.concatenate([feed["x"] for feed in feeds]), 0)
-    assert relative(result.hessians[H], gram(rows)) < 1e-6
+    assert relative(result.hessians[H], gram(rows)) < 1e-5
     assert result.hessians[H].rows == len(rows)
     assert result.batches == 9
     assert len(done) == 9
@@ -72,12 +72,12 @@ def test_taps_of_one_value_in_several_forms(build):
     ]
     result = calibrate(open_session(model, "cpu"), taps, [{"x": x}])
     h = np.maximum(x, 0)
-    assert relative(result.hessians[taps[0]], gram(h.reshape(-1, 6))) < 1e-6
-    assert relative(result.hessians[taps[1]], gram(h.transpose(0, 2, 1).reshape(-1, 4))) < 1e-6
+    assert relative(result.hessians[taps[0]], gram(h.reshape(-1, 6))) < 1e-5
+    assert relative(result.hessians[taps[1]], gram(h.transpose(0, 2, 1).reshape(-1, 4))) < 1e-5
     patches = np.stack([h[:, 2:, i : i + 3] for i in range(4)], axis=1)  # second group
     rows = patches.transpose(0, 1, 3, 2).reshape(-1, 6)
     second = result.hessians[taps[2]].matrix[1].numpy()
-    assert np.linalg.norm(second - gram(rows)) < 1e-6 * np.linalg.norm(second)
+    assert np.linalg.norm(second - gram(rows)) < 1e-5 * np.linalg.norm(second)
 
 
 def test_a_large_tap_is_split_among_workers(build):
@@ -93,7 +93,7 @@ def test_a_large_tap_is_split_among_workers(build):
     finally:
         torch.set_num_threads(threads)
     rows = np.maximum(np.concatenate([x, x[:20]]), 0)
-    assert relative(result.hessians[tap], gram(rows)) < 1e-6
+    assert relative(result.hessians[tap], gram(rows)) < 1e-5
     assert result.hessians[tap].rows == 70
 
 
@@ -104,7 +104,7 @@ def test_an_activation_that_is_a_graph_input(build):
     x = batches(1)[0]["x"]
     tap = Tap("x", Rows(), 6)
     result = calibrate(open_session(tapped, "cpu"), [tap], [{"x": x}])
-    assert relative(result.hessians[tap], gram(x)) < 1e-6
+    assert relative(result.hessians[tap], gram(x)) < 1e-5
 
 
 def test_float16_activations(build):
@@ -112,7 +112,7 @@ def test_float16_activations(build):
     model = build([helper.make_node("Relu", ["x"], ["h"])], {"x": kind}, {"h": kind})
     x = (np.random.default_rng(0).standard_normal((400, 6)) * 30).astype(np.float16)
     result = calibrate(open_session(model, "cpu"), [H], [{"x": x}])
-    assert relative(result.hessians[H], gram(np.maximum(x, 0))) < 1e-6
+    assert relative(result.hessians[H], gram(np.maximum(x, 0))) < 1e-5
 
 
 def test_one_batch_is_alive_at_a_time(session, monkeypatch):

@@ -206,8 +206,10 @@ def test_low_rank_state_is_that_of_its_matrix(make_problem: MakeProblem, rank: i
         kept[row * 3 + np.arange(20)] = False
         inverse = np.linalg.inv(model[np.ix_(kept, kept)])
         x = inverse @ (model[kept] @ dense)
+        expected = x**2 / inverse.diagonal()
+        # Twenty removals, each rounding float32 times a condition of some 400.
         np.testing.assert_allclose(
-            costs[row, kept], x**2 / inverse.diagonal(), rtol=1e-2, atol=1e-4
+            costs[row, kept], expected, rtol=1e-2, atol=1e-3 * expected.max()
         )
 
 
@@ -369,10 +371,11 @@ def test_cbs_never_loses_to_its_start(
         problem = make_problem(kind, pattern)
         weight, hessian = arrays(problem)
         first = CBS(start=start, swaps=0).solve(problem)
-        before = errors(problem, first.weight).sum()
         close(first.weight, optimal(weight, first.mask.numpy(), hessian), 2e-2)
+        begun = optimal(weight, make_solver(start).solve(problem).mask.numpy(), hessian)
+        before = errors(problem, torch.from_numpy(begun)).sum()
         after = errors(problem, CBS(start=start).solve(problem).weight).sum()
-        assert after <= before * (1 + 1e-6)
+        assert after <= before * (1 + 1e-4)  # what a refit's tolerance leaves
 
 
 @BOTH

@@ -87,7 +87,9 @@ def test_solver_on_every_kind(
             scale = float((weight.double() @ exact).norm())
             assert float((gradient * first.mask).norm()) <= 1e-4 * scale, kind
         if problem.pattern.density == 1.0:
-            assert torch.allclose(first.weight, weight, atol=1e-4), kind
+            # Inputs that are one: λ is 1 % of the mean of the diagonal, so the condition is at
+            # most 100 · 48; times the rounding of float32 and the norm of a row, about 7.
+            assert torch.allclose(first.weight, weight, atol=2e-3), kind
         if kind == "zero rows":
             assert float(first.weight[::3].abs().max()) == 0.0
 
