@@ -128,6 +128,32 @@ class Checkpoint:
             codes = Codes(values.numpy(), scale.numpy(), item["axis"])
         return SolvedSite(weight, found["bias"], codes, Measurements(**item["measured"]))
 
+    def put_tensors(
+        self, name: str, arrays: Mapping[str, NDArray[np.generic]], facts: Mapping[str, Any]
+    ) -> tuple[dict[str, ir.ExternalTensor], dict[str, Any]]:
+        """Write tensors by name, and facts about them; return them as they lie there."""
+        tensors = ir.external_data.convert_tensors_to_external(
+            [ir.Tensor(np.ascontiguousarray(array)) for array in arrays.values()],
+            self.folder,
+            f"{name}.data",
+        )
+        places = {key: _place(tensor) for key, tensor in zip(arrays, tensors, strict=True)}
+        self._write(name, {"facts": dict(facts), "tensors": places})
+        found = self.get_tensors(name)
+        assert found is not None, "it was written just now"
+        return found
+
+    def get_tensors(
+        self, name: str
+    ) -> tuple[dict[str, ir.ExternalTensor], dict[str, Any]] | None:
+        """Return what :meth:`put_tensors` wrote, or None."""
+        held = self._read(name)
+        if held is None:
+            return None
+        file = f"{name}.data"
+        found = {key: self._tensor(file, place) for key, place in held["tensors"].items()}
+        return found, held["facts"]
+
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write facts that go with no tensors."""
         self._write(name, facts)

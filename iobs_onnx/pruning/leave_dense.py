@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, GateError
@@ -45,7 +45,8 @@ class LeaveDense:
         def cheapest(count: int) -> Pruned:
             chosen = set(order[:count])
             kept = {site: item for site, item in sites.items() if site in chosen}
-            return Pruned(kept, self.judge(with_sites(run.dense, kept)))
+            verdict = self.judge(with_sites(run.dense, kept, pruned.tensors))
+            return replace(pruned, sites=kept, verdict=verdict)
 
         held, failing = 0, len(order)  # counts of sparse sites
         best: Pruned | None = None

@@ -11,7 +11,7 @@ import torch
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.engine import Engine
-from iobs_onnx.passes import Codes, load_model, rewrite, rewrite_biases
+from iobs_onnx.passes import Codes, load_model, rewrite, rewrite_biases, stored_slots
 from iobs_onnx.report.site_report import SiteReport
 from iobs_onnx.runtime import Data
 from iobs_onnx.site import Site
@@ -148,8 +148,22 @@ def rewrite_sites(model: ir.Model, solved: Mapping[Site, SolvedSite]) -> None:
     rewrite_biases(model, {s: item.bias for s, item in solved.items() if item.bias is not None})
 
 
-def with_sites(dense: ir.Model, solved: Mapping[Site, SolvedSite]) -> ir.Model:
-    """Return the model in which these sites are sparse, and all others dense."""
+def with_sites(
+    dense: ir.Model,
+    solved: Mapping[Site, SolvedSite],
+    tensors: Mapping[str, ir.TensorProtocol] | None = None,
+) -> ir.Model:
+    """Return the model in which these sites are sparse, and all others dense.
+
+    Args:
+        dense: the model.
+        solved: the sites.
+        tensors: other stored tensors to exchange, by name; biases that only a site's compensation
+            adds are left out where that site is dense.
+    """
     model = load_model(dense)
     rewrite_sites(model, solved)
+    if tensors:
+        stored = stored_slots(model)
+        rewrite(model, {name: tensor for name, tensor in tensors.items() if name in stored})
     return model

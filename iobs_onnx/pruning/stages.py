@@ -8,8 +8,10 @@ is taken, that it is kept on disk, and how far it is are the affair of the walk
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import onnx_ir as ir
 
 from iobs_onnx.hessian import Cross, Hessian
 from iobs_onnx.passes import Segment, Slot, Surroundings
@@ -88,10 +90,14 @@ class Pruned:
     Attributes:
         sites: what became of those that are sparse.
         verdict: what the model with them is worth.
+        tensors: other stored tensors that changed, by name.
+        distillation: of `report.json`; None where none was asked for.
     """
 
     sites: Mapping[Site, SolvedSite]
     verdict: Verdict
+    tensors: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
+    distillation: dict[str, Any] | None = None
 
 
 class ModelStage(Protocol):

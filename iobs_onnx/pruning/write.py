@@ -29,8 +29,9 @@ from iobs_onnx.passes import (
     store_sparsely,
     trtexec_command,
 )
-from iobs_onnx.pruning.records import Run, SolvedSite, with_sites
+from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.rounding import store_quantized
+from iobs_onnx.pruning.stages import Pruned
 from iobs_onnx.runtime import Feed, available_providers, open_session
 from iobs_onnx.site import Site
 from iobs_onnx.sparsity import Pattern
@@ -79,7 +80,7 @@ class Written:
 
 def write_pruned(
     run: Run,
-    solved: Mapping[Site, SolvedSite],
+    pruned: Pruned,
     source: Any,
     output: str | os.PathLike[str] | None,
 ) -> Written:
@@ -87,7 +88,7 @@ def write_pruned(
 
     Args:
         run: names the form.
-        solved: the sites that are sparse.
+        pruned: the sites that are sparse, and what else changed.
         source: the model as it was given.
         output: its file; without one the model stays in memory, and is only checked.
 
@@ -95,7 +96,8 @@ def write_pruned(
         CheckError: what would be written does not hold what it promises.
     """
     config = run.config
-    sparse = with_sites(run.dense, solved)
+    solved = pruned.sites
+    sparse = with_sites(run.dense, solved, pruned.tensors)
     if output is None:
         bring_into_memory(sparse)
     left = store_sparsely(sparse, list(solved)) if config.emit == "sparse-initializer" else {}

@@ -114,6 +114,7 @@ class PruneReport:
     permutations: list[dict[str, Any]]
     allocation: list[dict[str, Any]]
     rounds: list[Round]
+    distillation: dict[str, Any] | None
     verification: list[OutputFidelity]
     seconds: dict[str, float]
 
@@ -174,6 +175,7 @@ def build_report(
     permutations: Sequence[Mapping[str, Any]],
     allocation: Sequence[Mapping[str, Any]],
     rounds: Sequence[Round],
+    distillation: Mapping[str, Any] | None,
     fidelity: Sequence[OutputFidelity],
     seconds: Mapping[str, float],
 ) -> PruneReport:
@@ -196,6 +198,7 @@ def build_report(
         permutations=[dict(item) for item in permutations],
         allocation=[dict(item) for item in allocation],
         rounds=list(rounds),
+        distillation=None if distillation is None else dict(distillation),
         verification=list(fidelity),
         seconds=dict(seconds),
     )
