@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import tomllib
+from pathlib import Path
 from typing import Any
 
-from iobs_onnx.config import PruneConfig, read_toml
+from iobs_onnx.config import PruneConfig, require_known
 from iobs_onnx.errors import OptionError
 from iobs_onnx.pruning.progress import Progress
 
@@ -75,7 +77,7 @@ def _described(option: dataclasses.Field[Any]) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     fields = [option.name for option in dataclasses.fields(PruneConfig)]
     known = [*fields, *_RUN_OPTIONS]
-    options = read_toml(arguments.config, known) if arguments.config else {}
+    options = _read_toml(arguments.config, known) if arguments.config else {}
     given = {name: getattr(arguments, name) for name in known}
     options |= {name: value for name, value in given.items() if value is not None}
     for name in ("sparsity", "output"):
@@ -105,3 +107,21 @@ def _run(arguments: argparse.Namespace) -> int:
             console.print(part)
         console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
     return 0
+
+
+def _read_toml(path: str | Path, known: list[str]) -> dict[str, Any]:
+    """Return the options in a TOML file; `-` and `_` in keys are the same.
+
+    Raises:
+        OptionError: the file cannot be read, is not TOML, or holds a key that is not `known`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise OptionError(f"config {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"config {path}: not TOML: {error}") from error
+    options = {key.replace("-", "_"): value for key, value in table.items()}
+    require_known(options, known, f"config {path}: key")
+    return options
