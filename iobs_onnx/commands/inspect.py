@@ -8,7 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from iobs_onnx.config import PruneConfig, parse_bytes
+from iobs_onnx.config import PruneConfig
+from iobs_onnx.config.checks import parse_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -143,9 +143,7 @@ class Checkpoint:
         assert found is not None, "it was written just now"
         return found
 
-    def get_tensors(
-        self, name: str
-    ) -> tuple[dict[str, ir.ExternalTensor], dict[str, Any]] | None:
+    def get_tensors(self, name: str) -> tuple[dict[str, ir.ExternalTensor], dict[str, Any]] | None:
         """Return what :meth:`put_tensors` wrote, or None."""
         held = self._read(name)
         if held is None:

@@ -23,6 +23,7 @@ from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.passes import find_sites, load_model, model_hash, require_opset
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
+from iobs_onnx.pruning.distil.stage import DistilModel, require_distillable
 from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
 from iobs_onnx.pruning.leave_dense import LeaveDense, reason
 from iobs_onnx.pruning.prior.allocate import allocate
@@ -33,7 +34,7 @@ from iobs_onnx.pruning.rounds import UNREACHED, Rounds
 from iobs_onnx.pruning.selection import decline, select
 from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.sources import calibration_sources
-from iobs_onnx.pruning.stages import Pruned, run_model_stages
+from iobs_onnx.pruning.stages import ModelStage, Pruned, run_model_stages
 from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
@@ -115,6 +116,8 @@ def prune(
             config.provider, config.memory_budget or default_memory_budget(), Path(spill)
         )
         data = _open(sources, holdout, input_specs(dense), config)
+    if config.distill == "model":
+        require_distillable(dense, data)
         checkpoint = Checkpoint(folder)
         if work_dir is not None:
             checkpoint.claim(_identity(model, work_dir, config, None if holdout is None else data))
@@ -127,9 +130,12 @@ def prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        final = run_model_stages(run, rounded.pruned, [LeaveDense(judge)])
+        stages: list[ModelStage] = [LeaveDense(judge)]
+        if config.distill == "model":
+            stages.insert(0, DistilModel(sources, model, judge, checkpoint, progress))
+        final = run_model_stages(run, rounded.pruned, stages)
         require_output_error(final.verdict.outputs, config.max_output_error)
-        written = write_pruned(run, final.sites, model, output)
+        written = write_pruned(run, final, model, output)
         report = build_report(
             config=config,
             model={**describe_file(model), "checker": written.checker},
@@ -148,6 +154,7 @@ def prune(
             permutations=permutations,
             allocation=allocation.as_list(),
             rounds=rounded.trace,
+            distillation=final.distillation,
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
@@ -207,8 +214,8 @@ def _open(
     ]
     judging = None if holdout is None else open_data(holdout, inputs, holdout=0)
     data = join(parts, judging)
-    again = config.rounds > 1 or config.allocate == "error" or config.permute
-    return data.in_memory() if again else data
+    once = (config.rounds, config.allocate, config.permute, config.distill)
+    return data if once == (1, "uniform", False, "none") else data.in_memory()
 
 
 def _device(config: PruneConfig) -> torch.device:

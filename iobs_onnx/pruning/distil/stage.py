@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,29 +14,29 @@ from iobs_onnx.passes import find_token_input
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.feeds import endless, written
 from iobs_onnx.pruning.distil.model import distil, require_trainable
-from iobs_onnx.pruning.distil.settings import DistilSettings
+from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
 from iobs_onnx.pruning.judge import Judge
+from iobs_onnx.pruning.progress import Progress
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import Pruned
-from iobs_onnx.runtime import Feed, SelfSamples, input_specs, open_session
+from iobs_onnx.runtime import Data, Feed, SelfSamples, input_specs, open_session
 
-_NAME = "distil"
 # Texts in a feed that the model writes while it is distilled.
 _WRITTEN = 4
 
 
-def require_distillable(dense: ir.Model, feeds: Iterable[Feed], held_out: Sequence[Feed]) -> None:
+def require_distillable(dense: ir.Model, data: Data) -> None:
     """Raise what distillation would, before hours are spent on what cannot be distilled.
 
     Raises:
         DataError: no sample is held out to judge by.
         ModelError: torch cannot evaluate the model, or evaluates it otherwise than ONNX Runtime.
     """
-    if not held_out:
+    if not data.held_out_samples:
         raise DataError("distill model: the data leave no sample to hold out; give more")
     try:
-        require_trainable(dense, next(iter(feeds)))
+        require_trainable(dense, next(iter(data.calibration)))
     except ModelError as error:
         raise ModelError(f"{error}; leave out --distill, or give another export") from error
 
@@ -53,35 +53,22 @@ class DistilModel:
         path: the dense model as it was given.
         judge: of models.
         checkpoint: takes what was trained.
-        advance: called after every step.
+        progress: is told of every step.
     """
 
     sources: Sequence[Any]
     path: Any
     judge: Judge
     checkpoint: Checkpoint
-    advance: Callable[[], None] = lambda: None
-    name: str = _NAME
+    progress: Progress
+    name: str = "distil"
 
     def run(self, run: Run, pruned: Pruned) -> Pruned:
         """Distil, or take what a run that was cut off had distilled."""
         held = self.checkpoint.get_tensors(self.name)
         if held is None:
-            settings = DistilSettings(steps=run.config.distill_steps, seed=run.config.seed)
-            sparse = with_sites(run.dense, pruned.sites)
-            found = distil(
-                run.dense,
-                sparse,
-                self._feeds(run),
-                list(run.data.held_out),
-                kept=kept_masks(sparse, list(pruned.sites)),
-                settings=settings,
-                told=lambda _step, _steps, _loss: self.advance(),
-            )
+            found = self._distilled(run, pruned)
             held = self.checkpoint.put_tensors(self.name, found.tensors, found.as_dict())
-        else:
-            for _ in range(run.config.distill_steps):
-                self.advance()
         tensors, facts = held
         if not facts["accepted"]:
             return dataclasses.replace(pruned, distillation=facts)
@@ -99,8 +86,22 @@ class DistilModel:
             return dataclasses.replace(pruned, distillation=facts)
         return Pruned(sites, verdict, others, facts)
 
+    def _distilled(self, run: Run, pruned: Pruned) -> Distilled:
+        steps = run.config.distill_steps
+        sparse = with_sites(run.dense, pruned.sites)
+        with self.progress.stage("distil", steps) as advance:
+            return distil(
+                run.dense,
+                sparse,
+                self._feeds(run),
+                list(run.data.held_out),
+                kept=kept_masks(sparse, list(pruned.sites)),
+                settings=DistilSettings(steps=steps, seed=run.config.seed),
+                told=lambda _step, _steps, _loss: advance(),
+            )
+
     def _feeds(self, run: Run) -> Iterator[Feed]:
-        """Yield feeds without end: the calibration data over and over, and what the model writes."""
+        """Yield feeds without end: the calibration data again and again, and the model's text."""
         given = endless(run.data.calibration, run.config.seed)
         if not any(isinstance(source, SelfSamples) for source in self.sources):
             return given

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
+from iobs_onnx.config.checks import (
+    Check,
+    as_given,
+    boolean,
+    bound,
+    finite,
+    globs,
+    integer,
+    number,
+    one_of,
+    parse_bytes,
+    path,
+    share,
+    share_below_one,
+)
 from iobs_onnx.errors import OptionError
 from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 
@@ -20,69 +33,16 @@ SOLVER_NAMES = (
 )
 
 
-# Takes an option's name and the value given; returns the value as it is kept.
-Check: TypeAlias = Callable[[str, Any], Any]
-
-
-def _expect(*rules: tuple[str, Callable[[Any], bool]]) -> Check:
-    """Return a check that names the first rule that a value breaks."""
-
-    def check(name: str, value: Any) -> Any:
-        for expected, holds in rules:
-            if not holds(value):
-                raise OptionError(f"{name} {value!r}: expected {expected}")
-        return value
-
-    return check
-
-
-def _is(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _integer(least: int) -> Check:
-    return _expect((f"an integer of at least {least}", lambda n: _is(n, int) and n >= least))
-
-
-_as_given = _expect()
-_boolean = _expect(("true or false", lambda value: isinstance(value, bool)))
-_number = _expect(("a number", lambda value: _is(value, int | float)))
-_NOT_NEGATIVE = "a number of at least 0"
-_bound = _expect((_NOT_NEGATIVE, lambda value: _is(value, int | float) and value >= 0))
-_FINITE = (_NOT_NEGATIVE, lambda value: _is(value, int | float) and 0 <= value < float("inf"))
-_finite = _expect(_FINITE)
-_share = _expect(_FINITE, ("a share at most 1", lambda value: value <= 1))
-_share_below_one = _expect(_FINITE, ("a share below 1", lambda value: value < 1))
-_is_path = _expect(("a path", lambda value: isinstance(value, str | os.PathLike)))
-
-
-def _path(name: str, value: Any) -> str:
-    return os.fspath(_is_path(name, value))
-
-
-def _globs(name: str, value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-def _one_of(choices: tuple[str, ...]) -> Check:
-    def check(name: str, value: Any) -> Any:
-        if value not in choices:
-            raise OptionError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
-        return value
-
-    return check
-
-
-def _option(default: Any, text: str, check: Check = _as_given, **how: Any) -> Any:
+def _option(default: Any, text: str, check: Check = as_given, **how: Any) -> Any:
     """A field with its help text, its check and, in `how`, what argparse needs to read it.
 
     Choices and switches are checked as such. Where None is the default it means "not given", and
     is not checked.
     """
     if "choices" in how:
-        check = _one_of(how["choices"])
+        check = one_of(how["choices"])
     elif "action" in how and how["action"].startswith("store_"):
-        check = _boolean
+        check = boolean
     return field(default=default, metadata={"help": text, "check": check, "how": how})
 
 
@@ -112,20 +72,20 @@ class PruneConfig:
         None,
         "calibrate on text: a file with one text a line, a .jsonl with a field text, or a "
         "directory of both",
-        check=_path,
+        check=path,
         metavar="PATH",
     )
     tokenizer: str | None = _option(
         None,
         "tokenizer.json for --text (default: the one beside the model)",
-        check=_path,
+        check=path,
         metavar="FILE",
     )
     sequence_length: int | None = _option(
         None,
         "tokens in a text, samples in a piece of audio, or size of a dynamic axis of random data "
         "(default: what the model fixes, else 128; one second of audio)",
-        check=_integer(1),
+        check=integer(1),
         type=int,
         metavar="N",
     )
@@ -133,7 +93,7 @@ class PruneConfig:
         None,
         "first token of every text that --calibration self writes, where the model was trained to "
         "see one (default: one drawn for each text)",
-        check=_integer(0),
+        check=integer(0),
         type=int,
         metavar="ID",
     )
@@ -143,50 +103,50 @@ class PruneConfig:
         action="store_true",
     )
     images: str | None = _option(
-        None, "calibrate on the images below this directory", check=_path, metavar="DIR"
+        None, "calibrate on the images below this directory", check=path, metavar="DIR"
     )
     audio: str | None = _option(
-        None, "calibrate on the recordings below this directory", check=_path, metavar="DIR"
+        None, "calibrate on the recordings below this directory", check=path, metavar="DIR"
     )
     preprocess: str | None = _option(
         None,
         "preprocessor_config.json for --images or --audio (default: the one beside the model)",
-        check=_path,
+        check=path,
         metavar="FILE",
     )
     samples: int | None = _option(
         None,
         "calibrate on this many samples: rows, texts, images, pieces of audio, else feeds "
         "(default: all but those held out)",
-        check=_integer(1),
+        check=integer(1),
         type=int,
         metavar="N",
     )
     batch_size: int | None = _option(
         None,
         "samples in a batch, except of ready-made feeds (default: what the model fixes, else 16)",
-        check=_integer(1),
+        check=integer(1),
         type=int,
         metavar="N",
     )
     include: tuple[str, ...] = _option(
         (),
         "prune only sites whose name matches",
-        check=_globs,
+        check=globs,
         action="append",
         metavar="GLOB",
     )
     exclude: tuple[str, ...] = _option(
         (),
         "leave sites whose name matches as they are",
-        check=_globs,
+        check=globs,
         action="append",
         metavar="GLOB",
     )
     damping: float = _option(
         0.01,
         "added to the Hessian's diagonal, as a fraction of its mean",
-        check=_finite,
+        check=finite,
         type=float,
     )
     sequential: Literal["none", "segment", "site"] = _option(
@@ -210,27 +170,27 @@ class PruneConfig:
     learning_rate: float = _option(
         0.5,
         "how far each step goes towards the target: 0 not at all, 1 all the way",
-        check=_finite,
+        check=finite,
         type=float,
     )
     bias_compensation: float = _option(
         0.5,
         "the share of a site's mean error that its bias makes up for",
-        check=_share,
+        check=share,
         type=float,
     )
     random_tokens: float = _option(
         0.3,
         "share of the calibration that is random tokens, for models that look up tokens: keeps "
         "the pruned model from fitting the calibration text too closely",
-        check=_share_below_one,
+        check=share_below_one,
         type=float,
     )
     rounds: int = _option(
         1,
         "walks through the model, each on its own part of the calibration data; the one with the "
         "best metric, or else the lowest held-out error, is written",
-        check=_integer(1),
+        check=integer(1),
         type=int,
         metavar="T",
     )
@@ -238,9 +198,18 @@ class PruneConfig:
         0.0,
         "with --rounds: what earlier rounds measured counts this much in the next, from 0 (not at "
         "all) to 1 (as much as what is new)",
-        check=_share,
+        check=share,
         type=float,
         metavar="F",
+    )
+    distill: Literal["none", "model"] = _option(
+        "none",
+        "train what is kept, biases and norms towards the dense model's outputs, without labels; "
+        "taken only if the held-out loss falls. With --calibration self the model goes on writing",
+        choices=("none", "model"),
+    )
+    distill_steps: int = _option(
+        400, "steps of --distill, each on one batch", check=integer(1), type=int, metavar="N"
     )
     allocate: Literal["uniform", "error"] = _option(
         "uniform",
@@ -256,14 +225,14 @@ class PruneConfig:
     min_metric: float | None = _option(
         None,
         "leave the costliest sites dense until the metric is at least this",
-        check=_number,
+        check=number,
         type=float,
     )
     budget_error: float | None = _option(
         None,
         "leave the costliest sites dense until the mean relative error of the outputs on held-out "
         "samples is at most this",
-        check=_bound,
+        check=bound,
         type=float,
     )
     memory_budget: int | None = _option(
@@ -307,12 +276,12 @@ class PruneConfig:
         None,
         "write nothing, and exit with 4, where the relative error of an output on held-out samples "
         "is above this",
-        check=_bound,
+        check=bound,
         type=float,
         metavar="X",
     )
     seed: int = _option(
-        0, "chooses samples where not all are used", check=_integer(0), type=int, metavar="N"
+        0, "chooses samples where not all are used", check=integer(0), type=int, metavar="N"
     )
 
     def __post_init__(self) -> None:
@@ -339,6 +308,13 @@ class PruneConfig:
                 f"forgetting_factor {self.forgetting_factor}: one round has none before it; give "
                 "rounds"
             )
+        if self.distill != "none" and self.quantize is not None:
+            raise OptionError(
+                f"distill {self.distill}: trains float weights, not those of quantize "
+                f"{self.quantize}; leave one of them out"
+            )
+        if self.distill == "none" and self.distill_steps != 400:
+            raise OptionError(f"distill_steps {self.distill_steps}: goes with distill model")
         if self.min_metric is not None and self.metric is None:
             raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
         if self.allocate == "error" and isinstance(self.sparsity, NM):
@@ -356,23 +332,6 @@ class PruneConfig:
             "include": list(self.include),
             "exclude": list(self.exclude),
         }
-
-
-def parse_bytes(size: int | str | None) -> int | None:
-    """Read `2GB`, `500MB`, `64KiB` or a number of bytes.
-
-    Raises:
-        OptionError: it is none of these.
-    """
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
-        return size
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(size).upper())
-    number = int(float(found[1]) * units[found[2] or ""]) if found else 0
-    if number < 1:
-        raise OptionError(f"memory_budget {size!r}: expected a size such as 2GB or 500MB")
-    return number
 
 
 def make_config(options: Mapping[str, Any]) -> PruneConfig:
