@@ -111,13 +111,12 @@ def prune(
     require_form(dense, output, config.emit)
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
-    with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
-        engine = Engine(
-            config.provider, config.memory_budget or default_memory_budget(), Path(spill)
-        )
-        data = _open(sources, holdout, input_specs(dense), config)
+    data = _open(sources, holdout, input_specs(dense), config)
     if config.distill == "model":
         require_distillable(dense, data)
+    with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
+        budget = config.memory_budget or default_memory_budget()
+        engine = Engine(config.provider, budget, Path(spill))
         checkpoint = Checkpoint(folder)
         if work_dir is not None:
             checkpoint.claim(_identity(model, work_dir, config, None if holdout is None else data))

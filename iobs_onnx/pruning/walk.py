@@ -130,10 +130,8 @@ class Walk:
         names = [f"round-{self._number}-segment-{index:04d}-{s.name}" for s in self._stages]
         held = [self._checkpoint.get(name, segment.sites) for name in names]
         first = held[0]
-        # Behind a solved segment only what later ones need is measured again.
-        taps = segment.taps if first is None else self._later(segment)
         with self._timed("calibrate"):
-            residuals, facts = self._measure(index, segment, taps)
+            residuals, facts = self._measure(index, segment, solved=first is not None)
         if first is not None:
             facts = Facts(**first[1])
         sites: dict[Site, SolvedSite] = {}
@@ -163,21 +161,20 @@ class Walk:
         self._hessians = {tap: kept for tap, kept in self._hessians.items() if tap in later}
         return sites
 
-    def _later(self, segment: Segment) -> list[Tap]:
-        """Return the taps of a segment that sites of later ones read too."""
-        after = self._pending - set(segment.sites)
-        wanted = {tap for site in after for tap in site.taps}
-        return [tap for tap in segment.taps if tap in wanted]
-
     def _measure(
-        self, index: int, segment: Segment, taps: Sequence[Tap]
+        self, index: int, segment: Segment, *, solved: bool
     ) -> tuple[Mapping[tuple[Tap, Tap], Cross], Facts]:
-        """Collect the Hessians of taps; return the residuals and what was found of the feeds."""
-        beside = {
-            (site.taps[-1], tap): None
-            for site, tap in segment.beside.items()
-            if site in self._pending
-        }
+        """Collect Hessians; return the residuals and what was found of the feeds.
+
+        Behind a segment that is solved only the taps that later ones read too are measured.
+        """
+        taps, beside = segment.taps, dict[tuple[Tap, Tap], None]()
+        if solved:
+            after = self._pending - set(segment.sites)
+            wanted = {tap for site in after for tap in site.taps}
+            taps = tuple(tap for tap in taps if tap in wanted)
+        else:
+            beside = {(site.taps[-1], tap): None for site, tap in segment.beside.items()}
         measured = self._executor.measure(segment, taps, tuple(beside), self._advance).finish()
         measured = self._recall.joined(index, measured)
         self._hessians |= measured.hessians

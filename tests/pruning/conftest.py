@@ -40,3 +40,37 @@ def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = RNG.normal(size=(256, WIDTH)) @ mixing
         np.savez(folder / f"{part}.npz", x=rows.astype(np.float32))
     return folder
+
+
+@pytest.fixture(scope="session")
+def residual(mlp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three blocks `x + relu(x U + a) V + b`; the data of the other model beside it."""
+    draw = np.random.default_rng(3)
+    nodes, tensors, value = [], {}, "x"
+    for i in range(3):
+        for name, scale in (("u", 1.0), ("v", 0.3)):
+            tensors[f"{name}{i}"] = scale * draw.normal(size=(WIDTH, WIDTH)) / WIDTH**0.5
+            tensors[f"{name}{i}.bias"] = 0.1 * draw.normal(size=WIDTH)
+        nodes += [
+            helper.make_node("MatMul", [value, f"u{i}"], [f"u{i}.product"], name=f"u{i}"),
+            helper.make_node("Add", [f"u{i}.product", f"u{i}.bias"], [f"u{i}.out"]),
+            helper.make_node("Relu", [f"u{i}.out"], [f"u{i}.relu"]),
+            helper.make_node("MatMul", [f"u{i}.relu", f"v{i}"], [f"v{i}.product"], name=f"v{i}"),
+            helper.make_node("Add", [f"v{i}.product", f"v{i}.bias"], [f"v{i}.out"]),
+            helper.make_node("Add", [f"v{i}.out", value], [f"block{i}"]),
+        ]
+        value = f"block{i}"
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "residual",
+        [helper.make_tensor_value_info("x", kind, ["n", WIDTH])],
+        [helper.make_tensor_value_info(value, kind, ["n", WIDTH])],
+        [numpy_helper.from_array(a.astype(np.float32), name) for name, a in tensors.items()],
+    )
+    folder = tmp_path_factory.mktemp("residual")
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "mlp.onnx")
+    for part in ("a", "b", "c"):
+        (folder / f"{part}.npz").write_bytes((mlp / f"{part}.npz").read_bytes())
+    return folder

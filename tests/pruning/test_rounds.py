@@ -169,11 +169,22 @@ class _CutOffError(Exception):
     pass
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("mlp", {"rounds": 2, "forgetting_factor": 0.5}),
+        ("residual", {"distill": "model", "distill_steps": 5}),
+    ],
+)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
-    mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Cut off before every file that the run keeps, and after the last."""
-    options = {"rounds": 2, "forgetting_factor": 0.5, "sparsity": "2:4"}
+    mlp = request.getfixturevalue(model)
     whole = tmp_path / "whole.onnx"
     prune(mlp, whole, work_dir=tmp_path / "whole", **options)
     kept = sorted(path.name for path in (tmp_path / "whole").iterdir())

@@ -32,6 +32,7 @@ def render_report(report: Report) -> str:
     compare = options["compare"]
     ratios = [site["error_ratio"] for site in sites if site["error_ratio"] is not None]
     trace = report.get("rounds") or []
+    curve = (report.get("distillation") or {}).get("curve") or []
     trace = trace if len(trace) > 1 else []
     shares = report.get("allocation") or []
     drawn = {
@@ -40,6 +41,7 @@ def render_report(report: Report) -> str:
         "allocation": shares and figures.allocation(shares, sites),
         "ratios": ratios and figures.ratios(sites, compare),
         "rounds": trace and figures.rounds(trace),
+        "distillation": curve and figures.distillation(curve),
     }
     sections = [
         ("summary", "Summary"),
@@ -48,6 +50,7 @@ def render_report(report: Report) -> str:
         *([("allocation", "Allocation")] if shares else []),
         *([("against", f"Against {compare}")] if ratios else []),
         *([("rounds", "Rounds")] if trace else []),
+        *([("distillation", "Distillation")] if curve else []),
         ("mask", "Masks"),
         ("deployment", "Deployment"),
         ("table", "Table"),
