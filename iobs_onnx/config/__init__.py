@@ -20,6 +20,7 @@ from iobs_onnx.config.checks import (
     one_of,
     parse_bytes,
     path,
+    seconds,
     share,
     share_below_one,
 )
@@ -211,6 +212,12 @@ class PruneConfig:
     distill_steps: int = _option(
         400, "steps of --distill, each on one batch", check=integer(1), type=int, metavar="N"
     )
+    distill_time: float | None = _option(
+        None,
+        "in place of --distill-steps: as many as fit into this: 90s, 20min, 1.5h",
+        check=seconds,
+        metavar="TIME",
+    )
     allocate: Literal["uniform", "error"] = _option(
         "uniform",
         "how a fraction removed is spread over the sites: the same for each, or more where it "
@@ -313,8 +320,9 @@ class PruneConfig:
                 f"distill {self.distill}: trains float weights, not those of quantize "
                 f"{self.quantize}; leave one of them out"
             )
-        if self.distill == "none" and self.distill_steps != 400:
-            raise OptionError(f"distill_steps {self.distill_steps}: goes with distill model")
+        for name, unset in (("distill_steps", 400), ("distill_time", None)):
+            if self.distill == "none" and (value := getattr(self, name)) != unset:
+                raise OptionError(f"{name} {value}: goes with distill model")
         if self.min_metric is not None and self.metric is None:
             raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
         if self.allocate == "error" and isinstance(self.sparsity, NM):

@@ -82,3 +82,16 @@ def parse_bytes(size: int | str | None) -> int | None:
     if number < 1:
         raise OptionError(f"memory_budget {size!r}: expected a size such as 2GB or 500MB")
     return number
+
+
+def seconds(name: str, time: Any) -> float:
+    """Read `90s`, `20min`, `1.5h` or a number of seconds.
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|)", str(time))
+    number = float(found[1]) * {"": 1, "s": 1, "min": 60, "h": 3600}[found[2]] if found else 0.0
+    if isinstance(time, bool) or number <= 0:
+        raise OptionError(f"{name} {time!r}: expected a time such as 90s, 20min or 1.5h")
+    return number

@@ -87,16 +87,16 @@ class DistilModel:
         return Pruned(sites, verdict, others, facts)
 
     def _distilled(self, run: Run, pruned: Pruned) -> Distilled:
-        steps = run.config.distill_steps
+        steps, seconds = run.config.distill_steps, run.config.distill_time
         sparse = with_sites(run.dense, pruned.sites)
-        with self.progress.stage("distil", steps) as advance:
+        with self.progress.stage("distil", None if seconds else steps) as advance:
             return distil(
                 run.dense,
                 sparse,
                 self._feeds(run),
                 list(run.data.held_out),
                 kept=kept_masks(sparse, list(pruned.sites)),
-                settings=DistilSettings(steps=steps, seed=run.config.seed),
+                settings=DistilSettings(steps=steps, seconds=seconds, seed=run.config.seed),
                 told=lambda _step, _steps, _loss: advance(),
             )
 

@@ -58,6 +58,13 @@ def test_it_comes_nearer_to_the_dense_model_on_other_data(residual: Path, tmp_pa
     assert report["distillation"]["curve"][0][1] is None
 
 
+def test_a_time_is_planned_for(residual: Path, tmp_path: Path) -> None:
+    found = prune(residual, tmp_path / "out.onnx", distill_steps=400, distill_time="0.5s")
+    assert found.report.options["distill_time"] == 0.5
+    assert found.report.distillation is not None
+    assert found.report.distillation["steps"] >= 1
+
+
 def test_what_does_not_help_is_not_taken(
     residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +112,10 @@ def test_what_cannot_be_is_said_before_the_work(residual: Path, tmp_path: Path) 
         prune(residual, output, quantize="int8")
     with pytest.raises(OptionError, match="distill_steps 60: goes with distill model"):
         prune(residual, output, distill="none")
+    with pytest.raises(OptionError, match=r"distill_time 60.0: goes with distill model"):
+        prune(residual, output, distill="none", distill_steps=400, distill_time="1min")
+    with pytest.raises(OptionError, match="'soon': expected a time such as 90s"):
+        prune(residual, output, distill_time="soon")
     one = [{"x": np.ones((1, 16), np.float32)}]
     with pytest.raises(DataError, match="leave no sample to hold out"):
         prune(residual, output, calibration=one, batch_size=None)
