@@ -158,7 +158,7 @@ def test_bfloat16_is_rounded_as_it_is_stored() -> None:
     (master,) = masters(model, {"w": weight != 0}, small=True, embeddings=False)
     assert master.value.dtype == torch.float32
     with torch.no_grad():
-        master.value += 1.003
+        master.value.add_(1.003)
     assert master.stored().dtype == ml_dtypes.bfloat16
     assert np.array_equal(master.stored().astype(np.float32), [[2.0, 0.0], [0.0, 4.0]])
     assert np.array_equal(master.rounded()[0, 0], 2.0)
