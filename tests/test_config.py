@@ -22,6 +22,13 @@ RULES: list[tuple[tuple[str, ...], tuple[Any, ...], tuple[Any, ...], str]] = [
         (0, True, 1.0, "1"),
         "an integer of at least 1",
     ),
+    (("distill_steps",), (1, 400), (0, True, 1.0, None), "an integer of at least 1"),
+    (
+        ("distill_time",),
+        (0.5, 60, None),
+        (0, -1.0, True, "soon"),
+        "a time such as 90s, 20min or 1.5h",
+    ),
     (("rounds",), (1, 3), (0, True, 1.0, None), "an integer of at least 1"),
     (("start_token",), (0, 5, None), (-1, True, 1.0), "an integer of at least 0"),
     (("seed",), (0, 5), (-1, True, None), "an integer of at least 0"),
@@ -54,7 +61,7 @@ RULES: list[tuple[tuple[str, ...], tuple[Any, ...], tuple[Any, ...], str]] = [
     ),
 ]
 CASES = [(name, *rule) for names, *rule in RULES for name in names]
-BASE = {"sparsity": "2:4", "rounds": 2, "metric": "module:callable"}
+BASE = {"sparsity": "2:4", "rounds": 2, "metric": "module:callable", "distill": "model"}
 
 
 @pytest.mark.parametrize(("name", "taken", "refused", "expected"), CASES)
@@ -69,7 +76,7 @@ def test_values(name: str, taken: Any, refused: Any, expected: str) -> None:
 
 def test_choices() -> None:
     found = [f for f in dataclasses.fields(PruneConfig) if "choices" in f.metadata["how"]]
-    assert len(found) == 10
+    assert len(found) == 11
     for option in found:
         choices = option.metadata["how"]["choices"]
         for value in (1, "other", ["cpu"], *([] if option.default is None else [None])):
@@ -95,12 +102,15 @@ def test_what_is_kept_in_another_form() -> None:
             "exclude": ["b", "c"],
             "text": Path("folder", "a.txt"),
             "memory_budget": "2KiB",
+            "distill": "model",
+            "distill_time": "1.5h",
         }
     )
     assert str(config.sparsity) == "0.5"
     assert (config.include, config.exclude) == (("a*",), ("b", "c"))
     assert config.text == str(Path("folder", "a.txt"))
     assert config.memory_budget == 2048
+    assert config.distill_time == 5400
     assert make_config({"sparsity": "2:4", "include": None}).include == ()
     for size in (0, -1, True, "2 pounds"):
         with pytest.raises(OptionError, match=f"^memory_budget {size!r}: expected a size such as"):
