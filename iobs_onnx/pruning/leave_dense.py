@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, GateError
 from iobs_onnx.pruning.judge import Judge, Verdict
 from iobs_onnx.pruning.records import Run, with_sites
-from iobs_onnx.pruning.stages import Pruned
+from iobs_onnx.pruning.stages import ModelProposal, Pruned
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class LeaveDense:
     judge: Judge
     name: str = "leave dense"
 
-    def run(self, run: Run, pruned: Pruned) -> Pruned:
-        """Return the model with the sites that may stay sparse.
+    def steps(self, run: Run) -> int | None:
+        """Return None: how many models are judged follows from the verdicts."""
+        return None
+
+    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+        """Propose the sites that may stay sparse.
 
         Raises:
             DataError: there is a bound on the error, and nothing was held out to measure it.
@@ -39,21 +44,22 @@ class LeaveDense:
                 "samples; give more data, or a metric"
             )
         if _holds(pruned.verdict, config):
-            return pruned
+            return ModelProposal(list(sites), verdict=pruned.verdict)
         order = sorted(sites, key=lambda site: sites[site].measured.layer_error)
 
-        def cheapest(count: int) -> Pruned:
+        def cheapest(count: int) -> ModelProposal:
             chosen = set(order[:count])
             kept = {site: item for site, item in sites.items() if site in chosen}
             verdict = self.judge(with_sites(run.dense, kept, pruned.tensors))
-            return replace(pruned, sites=kept, verdict=verdict)
+            advance()
+            return ModelProposal(list(kept), verdict=verdict)
 
         held, failing = 0, len(order)  # counts of sparse sites
-        best: Pruned | None = None
+        best: ModelProposal | None = None
         while failing - held > 1:
             count = (held + failing) // 2
             found = cheapest(count)
-            if _holds(found.verdict, config):
+            if found.verdict is not None and _holds(found.verdict, config):
                 held, best = count, found
             else:
                 failing = count

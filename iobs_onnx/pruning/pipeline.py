@@ -24,6 +24,7 @@ from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.passes import find_sites, load_model, model_hash, require_opset
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
 from iobs_onnx.pruning.distil.stage import DistilModel, require_distillable
+from iobs_onnx.pruning.finish import Finish
 from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
 from iobs_onnx.pruning.leave_dense import LeaveDense, reason
 from iobs_onnx.pruning.prior.allocate import allocate
@@ -34,7 +35,7 @@ from iobs_onnx.pruning.rounds import UNREACHED, Rounds
 from iobs_onnx.pruning.selection import decline, select
 from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.sources import calibration_sources
-from iobs_onnx.pruning.stages import ModelStage, Pruned, run_model_stages
+from iobs_onnx.pruning.stages import ModelStage, Pruned
 from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
@@ -129,10 +130,8 @@ def prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        stages: list[ModelStage] = [LeaveDense(judge)]
-        if config.distill == "model":
-            stages.insert(0, DistilModel(sources, model, judge, checkpoint, progress))
-        final = run_model_stages(run, rounded.pruned, stages)
+        stages = _model_stages(config, sources, model, judge)
+        final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, output)
         report = build_report(
@@ -153,7 +152,7 @@ def prune(
             permutations=permutations,
             allocation=allocation.as_list(),
             rounds=rounded.trace,
-            distillation=final.distillation,
+            distillation=final.told.get("distil"),
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
@@ -177,6 +176,18 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
     if config.quantize is not None:
         require_opset(dense, chosen.sites)
     return chosen
+
+
+def _model_stages(
+    config: PruneConfig, sources: Sequence[Any], model: Model, judge: Judge
+) -> list[ModelStage]:
+    """Return what is done to the whole model after the last round."""
+    stages: list[ModelStage] = []
+    if config.distill == "model":
+        stages.append(DistilModel(sources, model))
+    if config.budget_error is not None or config.min_metric is not None:
+        stages.append(LeaveDense(judge))
+    return stages
 
 
 def _random_tokens(rounds: Rounds) -> float:

@@ -2,16 +2,18 @@
 
 A stage proposes, and says what its proposal is worth on data that it was not made from. Whether it
 is taken, that it is kept on disk, and how far it is are the affair of the walk
-(:mod:`iobs_onnx.pruning.walk`) and of :func:`run_model_stages`: each is handled there, once.
+(:mod:`iobs_onnx.pruning.walk`) and of :mod:`iobs_onnx.pruning.finish`: each is handled there, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from iobs_onnx.hessian import Cross, Hessian
 from iobs_onnx.passes import Segment, Slot, Surroundings
@@ -91,28 +93,52 @@ class Pruned:
         sites: what became of those that are sparse.
         verdict: what the model with them is worth.
         tensors: other stored tensors that changed, by name.
-        distillation: of `report.json`; None where none was asked for.
+        told: what stages of the whole model have to tell, by their names.
     """
 
     sites: Mapping[Site, SolvedSite]
     verdict: Verdict
     tensors: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
-    distillation: dict[str, Any] | None = None
+    told: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelProposal:
+    """What a stage would make of the whole model.
+
+    Attributes:
+        sites: those that stay sparse.
+        tensors: stored tensors to exchange, weights of sites among them, by name.
+        before, after: held-out error without and with it; None where there is nothing to choose.
+        verdict: what that model is worth, where the stage knows.
+        told: what the report tells of it, as JSON types; `accepted` and `notes` may be changed.
+    """
+
+    sites: Collection[Site]
+    tensors: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    before: float | None = None
+    after: float | None = None
+    verdict: Verdict | None = None
+    told: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is taken: the held-out error falls, or there is nothing to choose."""
+        return self.before is None or (self.after is not None and self.after < self.before)
 
 
 class ModelStage(Protocol):
-    """Something done to the whole model after the last round."""
+    """Something done to the whole model after the last round.
+
+    :mod:`iobs_onnx.pruning.finish` decides whether its proposal is taken.
+    """
 
     @property
     def name(self) -> str:
-        """Of its records on disk."""
+        """Of its records on disk, and of its progress."""
 
-    def run(self, run: Run, pruned: Pruned) -> Pruned:
-        """Return the model as it is after the stage, judged; `pruned` itself if nothing changes."""
+    def steps(self, run: Run) -> int | None:
+        """Return how often it calls `advance`; None where that is unknown."""
 
-
-def run_model_stages(run: Run, pruned: Pruned, stages: Sequence[ModelStage]) -> Pruned:
-    """Run stages in their order."""
-    for stage in stages:
-        pruned = stage.run(run, pruned)
-    return pruned
+    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+        """Propose what becomes of the model."""

@@ -90,7 +90,7 @@ def test_a_metric_that_falls_refuses_it(residual: Path, tmp_path: Path) -> None:
     found = prune(residual, refused, metric=falls).report.distillation
     assert found is not None
     assert not found["accepted"]
-    assert found["notes"][-1] == "the metric did not rise: what was trained is not taken"
+    assert found["notes"][-1] == "the metric did not rise: it is not taken"
     assert refused.read_bytes() == plain.read_bytes()
 
 
