@@ -4,9 +4,9 @@
     python benchmarks/model_quality.py --render
 
 Every run adds a line to the results as it ends, and is not repeated while it stands there: an
-interrupted benchmark goes on where it was. `--render` writes the tables of docs/benchmarks.md
-("Whole models") and the plots from the results. Models and data lie in the folder `--shared`;
-what is exported is kept in build/models.
+interrupted benchmark goes on where it was. `--render` writes the short table of docs/benchmarks.md,
+the tables of docs/benchmarks-notebook.md ("Whole models") and the plots from the results. Models
+and data lie in the folder `--shared`; what is exported is kept in build/models.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from typing import Any
 
 Line = Mapping[str, Any]
 
-_BEGIN, _END = "<!-- model_quality: begin -->", "<!-- model_quality: end -->"
+_MARKS = "<!-- model_quality{}: begin -->", "<!-- model_quality{}: end -->"
+# The columns of the short table.
+_SHORT = ("dense", "magnitude", "wanda", "sparsegpt", "alps", "defaults")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -26,7 +28,11 @@ def key(line: Line) -> tuple[Any, ...]:
 
 
 def render(results: Path, methods: Sequence[str], docs: Path) -> None:
-    """Put the tables between the marks in `docs/benchmarks.md`, the plots in `docs/img`."""
+    """Write the tables and plots of the results.
+
+    All go between the marks in `docs/benchmarks-notebook.md`, with the plots in `docs/img`; a
+    short table between those in `docs/benchmarks.md`.
+    """
     lines = read(results)
     parts = []
     for task in dict.fromkeys(line["task"] for line in lines):
@@ -38,13 +44,47 @@ def render(results: Path, methods: Sequence[str], docs: Path) -> None:
         image = docs / "img" / f"quality-{task}-rounds.png"
         plotted = _plot_rounds(own, image)
         parts += [f"![{task}: metric against rounds](img/{image.name})", ""] if plotted else []
-    page = docs / "benchmarks.md"
+    _replace(docs / "benchmarks-notebook.md", "", parts)
+    _replace(docs / "benchmarks.md", " in short", [*_short_table(lines), ""])
+
+
+def _replace(page: Path, which: str, parts: Sequence[str]) -> None:
+    """Put lines between the marks of a page."""
+    begin, end = (mark.format(which) for mark in _MARKS)
     text = page.read_text(encoding="utf8")
-    block = "\n".join([_BEGIN, "", *parts, _END])
-    found = re.compile(re.escape(_BEGIN) + ".*" + re.escape(_END), re.DOTALL)
+    found = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
     if not found.search(text):
-        raise SystemExit(f"{page} lacks the marks {_BEGIN} and {_END}")
+        raise SystemExit(f"{page} lacks the marks {begin} and {end}")
+    block = "\n".join([begin, "", *parts, end])
     page.write_text(found.sub(lambda _: block, text), encoding="utf8")
+
+
+def _short_table(lines: Sequence[Line]) -> list[str]:
+    """Return the first metric of each task, a row a pattern; the best of several is bold."""
+    rows = [
+        f"| model | metric | pattern | {' | '.join(_SHORT)} |",
+        "|---" * (len(_SHORT) + 3) + "|",
+    ]
+    for task in dict.fromkeys(line["task"] for line in lines):
+        own = [line for line in lines if line["task"] == task]
+        usual = max((line["count"] for line in own if line["method"] == "sparsegpt"), default=0)
+        metric, how = next(iter(own[0]["metric_formats"].items()))
+        dense = next(line for line in own if line["method"] == "dense")
+        for pattern in _patterns(own):
+            # Of two presets the slower one, which is what is usual.
+            runs = sorted(own, key=lambda line: line["preset"] != "fast")
+            found = {x["method"]: x for x in runs if (x["pattern"], x["count"]) == (pattern, usual)}
+            values = {n: found[n]["metrics"][metric] for n in _SHORT if n in found}
+            best = (min if own[0]["falls"] else max)(values.values()) if len(values) > 1 else None
+            cells = [f"{dense['metrics'][metric]:{how}}"]
+            for name in _SHORT[1:]:
+                cell = f"{values[name]:{how}}" if name in values else ""
+                cell = f"**{cell}**" if cell and values[name] == best else cell
+                note = ", fast" if cell and found[name]["preset"] == "fast" else ""
+                cells.append(cell + note)
+            head = own[0]["title"].split(",")[0], metric, _percent(pattern)
+            rows.append("| " + " | ".join([*head, *cells]) + " |")
+    return rows
 
 
 def _label(line: Line) -> str:
@@ -61,7 +101,7 @@ def _order(own: Sequence[Line], methods: Sequence[str]) -> list[tuple[str, int]]
 
 def _table(own: Sequence[Line], methods: Sequence[str]) -> list[str]:
     formats = own[0]["metric_formats"]
-    patterns = sorted({line["pattern"] for line in own} - {""}, key=lambda p: (":" not in p, p))
+    patterns = _patterns(own)
     cells = {(_label(line), line["count"], line["pattern"]): line for line in own}
     usual = max((line["count"] for line in own if line["method"] == "sparsegpt"), default=0)
 
@@ -82,6 +122,11 @@ def _table(own: Sequence[Line], methods: Sequence[str]) -> list[str]:
     return rows
 
 
+def _patterns(own: Sequence[Line]) -> list[str]:
+    """Return the patterns that occur, N:M first."""
+    return sorted({line["pattern"] for line in own} - {""}, key=lambda p: (":" not in p, p))
+
+
 def _percent(pattern: str) -> str:
     return pattern if ":" in pattern else f"{float(pattern):.0%}"
 
@@ -99,7 +144,7 @@ def _plot(own: Sequence[Line], methods: Sequence[str], path: Path) -> bool:
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for pattern in sorted({line["pattern"] for line in runs}, key=lambda p: (":" not in p, p)):
+    for pattern in _patterns(runs):
         values = {x["method"]: x["metrics"][metric] for x in runs if x["pattern"] == pattern}
         shown = [name for name in names if name in values]
         places = [names.index(name) for name in shown]

@@ -220,7 +220,7 @@ def found(path: Path) -> Path:
     if not path.exists():
         raise SystemExit(
             f"{path} is absent: point --shared at a folder with the models and data that "
-            "docs/benchmarks.md lists under 'Whole models'"
+            "docs/benchmarks-notebook.md lists under 'Whole models'"
         )
     return path
 

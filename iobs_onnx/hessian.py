@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -42,13 +43,15 @@ class Hessian:
 
     Attributes:
         matrix: float32, `(groups, in, in)`, symmetric, both halves filled.
-        rows: the number of rows of `X_s` that went in, per group, whatever they weigh.
+        rows: the number of rows of `X_s` that went in, per group.
+        weight: how much these rows weigh together; `rows` where each counts once.
         mean: mean of the rows of `X_s`, float32, `(groups, in)`.
         drift: `C − H = (X_d − X_s)ᵀX_s / n`; None where `X_d` is `X_s`.
     """
 
     matrix: torch.Tensor
     rows: int
+    weight: float
     mean: torch.Tensor
     drift: Cross | None = None
 
@@ -57,13 +60,13 @@ def combine(hessians: Sequence[Hessian]) -> Hessian:
     """Return the Hessian of all rows together, for a weight that several activations meet."""
     if len(hessians) == 1:
         return hessians[0]
-    rows = sum(hessian.rows for hessian in hessians)
-    shares = [hessian.rows / rows for hessian in hessians]
-
+    weight = sum(hessian.weight for hessian in hessians)
+    shares = [hessian.weight / weight for hessian in hessians]
     drifts = [(h.drift, share) for h, share in zip(hessians, shares, strict=True) if h.drift]
     return Hessian(
         _weighted([hessian.matrix for hessian in hessians], shares),
-        rows,
+        sum(hessian.rows for hessian in hessians),
+        weight,
         _weighted([hessian.mean for hessian in hessians], shares),
         mix(*zip(*drifts, strict=True)) if drifts else None,
     )
@@ -119,17 +122,23 @@ class _Strip:
             self.panel += product
             self.pending += 1
 
-    def flush(self) -> None:
+    def flush(self) -> torch.Tensor:
+        """Move the latest products to the float64 sum, and return that."""
         if self.total is None:
             self.total = self.panel.double()
         else:
             self.total += self.panel
         self.panel.zero_()
         self.pending = 0
+        return self.total
+
+    def merge(self, other: _Strip) -> None:
+        """Add the sums of other rows; both are flushed."""
+        self.flush().add_(other.flush().to(self.panel.device))
 
     def mean(self, weight: float) -> torch.Tensor:
-        sums = self.panel if self.total is None else self.total + self.panel
-        return sums.div(weight).float()
+        sums = self.panel.double() if self.total is None else self.total + self.panel
+        return sums.div_(weight).float()
 
     def finite(self) -> bool:
         """Look at the sums of squares only: a row that is not finite spoils its own."""
@@ -160,6 +169,17 @@ class _Sums:
         self._weight = 0.0
         self._sum = torch.zeros(groups, features, dtype=torch.float64, device=self._device)
         self._strips: list[_Strip] = []
+
+    def merge(self, other: Self) -> None:
+        """Add what was summed of other rows: the result is that of all rows in one sum.
+
+        Sums are exact in their weights: rows that weigh differently may lie in either part.
+        """
+        self.rows += other.rows
+        self._weight += other._weight
+        self._sum += other._sum.to(self._device)
+        for strip, more in zip(self._strips, other._strips, strict=True):
+            strip.merge(more)
 
     @property
     def parts(self) -> int:
@@ -236,7 +256,8 @@ class GramAccumulator(_Sums):
             matrix[:, start:stop, start:stop] = square.triu() + square.triu(1).mT
             matrix[:, start:stop, stop:] = mean[..., stop - start :]
             matrix[:, stop:, start:stop] = mean[..., stop - start :].mT
-        return Hessian(matrix, self.rows, (self._sum / self._weight).float())
+        mean = (self._sum / self._weight).float()
+        return Hessian(matrix, self.rows, self._weight, mean)
 
 
 class CrossAccumulator(_Sums):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, OptionError, SolverError
 from iobs_onnx.solvers import Problem, Solver, make_solver
+from iobs_onnx.solvers.quadratic import squared_norms
 from iobs_onnx.sparsity import Pattern, parse_sparsity
 
 Array = TypeVar("Array", torch.Tensor, NDArray[np.generic])
@@ -174,19 +175,14 @@ def solve_stacked(
             f"{type(solver).__name__} ended with weights that are not finite at damping "
             f"{damping:g}: raise the damping"
         )
-    excess = _quadratic(weight - problem.weight, hessian).split(blocks)
-    energy = _quadratic(problem.weight, hessian).split(blocks)
+    excess = squared_norms(weight - problem.weight, hessian).split(blocks)
+    energy = squared_norms(problem.weight, hessian).split(blocks)
     return [
         Solution(sparse, kept, float(lost.sum()), float(whole.sum()))
         for sparse, kept, lost, whole in zip(
             weight.split(blocks), mask.split(blocks), excess, energy, strict=True
         )
     ]
-
-
-def _quadratic(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Return `x H xᵀ` for each row `x`, float64; rounding below 0 is cut off."""
-    return ((rows @ hessian) * rows).sum(1, dtype=torch.float64).clamp_min(0)
 
 
 def _check(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor | None) -> None:

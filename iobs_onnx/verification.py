@@ -25,7 +25,7 @@ from iobs_onnx.passes import (
     load_model,
     stored_slots,
 )
-from iobs_onnx.selection import select
+from iobs_onnx.pruning.selection import select
 from iobs_onnx.site import Declined
 from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 
@@ -160,14 +160,14 @@ def verify(
 def _outputs(
     dense: Model | None, sparse: ir.Model, data: Any, provider: Literal["auto", "cpu", "cuda"]
 ) -> list[dict[str, Any]]:
-    from iobs_onnx.engine import Place, compare, default_memory_budget
+    from iobs_onnx.engine import Engine, compare, default_memory_budget
     from iobs_onnx.runtime import input_specs, open_data
 
     feeds = open_data(data, input_specs(sparse), holdout=0).calibration
     reference = sparse if dense is None else load_model(dense)
     with TemporaryDirectory(prefix="iobs-onnx-") as folder:
-        place = Place(provider, default_memory_budget(), Path(folder))
-        found = [dataclasses.asdict(item) for item in compare(reference, sparse, feeds, place)]
+        engine = Engine(provider, default_memory_budget(), Path(folder))
+        found = [dataclasses.asdict(item) for item in compare(reference, sparse, feeds, engine)]
     if dense is None:
         return [{**item, "relative_error": None, "cosine": None} for item in found]
     return found

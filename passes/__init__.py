@@ -20,6 +20,7 @@ from iobs_onnx.passes.edit.integers import (
 from iobs_onnx.passes.edit.permute import Chain, find_chains, permute_channels
 from iobs_onnx.passes.edit.rewrite import rewrite
 from iobs_onnx.passes.edit.sparse_form import masks_of, sparse_bytes, store_sparsely
+from iobs_onnx.passes.files.atomic import replacing
 from iobs_onnx.passes.files.load_save import (
     bring_into_memory,
     load_model,
@@ -73,6 +74,7 @@ __all__ = [
     "permute_channels",
     "prepare",
     "release",
+    "replacing",
     "require_opset",
     "require_output",
     "rewrite",

@@ -1,9 +1,10 @@
 """Everything that runs a model in ONNX Runtime; no graph is rewritten here."""
 
-from iobs_onnx.runtime.calibrate import Calibration, calibrate
+from iobs_onnx.runtime.calibrate import Calibration, Sums, calibrate, collect
 from iobs_onnx.runtime.data.audio import AudioSamples, read_audio_config
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.data.images import ImageSamples
+from iobs_onnx.runtime.data.named import NoCallable, find_callable
 from iobs_onnx.runtime.data.open import Data, default_pad_mask, join, open_data
 from iobs_onnx.runtime.data.random_numbers import RandomSamples
 from iobs_onnx.runtime.data.random_tokens import with_random_tokens
@@ -30,17 +31,21 @@ __all__ = [
     "Fidelity",
     "ImageSamples",
     "InputSpec",
+    "NoCallable",
     "OutputFidelity",
     "RandomSamples",
     "Samples",
     "SelfSamples",
     "Store",
     "Stream",
+    "Sums",
     "TableSamples",
     "TextSamples",
     "available_providers",
     "calibrate",
+    "collect",
     "default_pad_mask",
+    "find_callable",
     "input_specs",
     "join",
     "open_data",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,6 +21,7 @@ from iobs_onnx.hessian import (
     Hessian,
     exact_float32,
 )
+from iobs_onnx.runtime.geometry import output_space
 from iobs_onnx.runtime.rows import read_rows
 from iobs_onnx.runtime.stream import Batch
 from iobs_onnx.site import Patches, Rows, Tap
@@ -48,6 +49,63 @@ class Calibration:
     padding_kept: tuple[Tap, ...]
 
 
+@dataclass
+class Sums:
+    """Raw sums over some batches, which add up with those over others.
+
+    Attributes:
+        grams: `XᵀX` of every tap.
+        drifts: `(X_d − X_s)ᵀX_s` of every tap, where there is a dense model beside; else empty.
+        beside: `(r_d − r_s)ᵀX_s` of pairs of a tap and a stream; a pair whose rows do not fit in
+            some batch is missing.
+        reached: taps that some batch had rows for.
+        kept: taps whose rows include padding.
+        batches, excluded: as in :class:`Calibration`.
+    """
+
+    grams: dict[Tap, GramAccumulator]
+    drifts: dict[Tap, CrossAccumulator]
+    beside: dict[tuple[Tap, Tap], CrossAccumulator]
+    reached: set[Tap] = field(default_factory=set)
+    kept: dict[Tap, None] = field(default_factory=dict)
+    batches: int = 0
+    excluded: bool = False
+
+    def merge(self, other: Sums) -> None:
+        """Add the sums over other batches; `other` is used up."""
+        for tap, gram in self.grams.items():
+            gram.merge(other.grams[tap])
+        for tap, drift in other.drifts.items():
+            if tap in self.drifts:
+                self.drifts[tap].merge(drift)
+            else:
+                self.drifts[tap] = drift
+        for pair in list(self.beside):
+            if pair in other.beside:
+                self.beside[pair].merge(other.beside[pair])
+            else:
+                del self.beside[pair]
+        self.reached |= other.reached
+        self.kept |= other.kept
+        self.batches += other.batches
+        self.excluded |= other.excluded
+
+    def finish(self) -> Calibration:
+        """Divide by the weight of the rows, round to float32, and release the sums.
+
+        Raises:
+            DataError: there was no batch, or every row was padding.
+        """
+        if not self.batches:
+            raise DataError("calibration data: there are no feeds")
+        hessians = {tap: self.grams[tap].finish() for tap in self.grams if tap in self.reached}
+        for tap, cross in self.drifts.items():
+            if tap in hessians:
+                hessians[tap] = replace(hessians[tap], drift=cross.finish())
+        residuals = {pair: cross.finish() for pair, cross in self.beside.items()}
+        return Calibration(hessians, residuals, self.batches, self.excluded, tuple(self.kept))
+
+
 def calibrate(
     taps: Sequence[Tap],
     batches: Iterable[Batch],
@@ -57,7 +115,24 @@ def calibrate(
     device: torch.device | str = "cpu",
     progress: Callable[[], None] | None = None,
 ) -> Calibration:
-    """Return the Hessian of every tap over all batches.
+    """Return the Hessian of every tap over all batches; arguments and errors as for both its steps.
+
+    See :func:`collect` and :meth:`Sums.finish`.
+    """
+    found = collect(taps, batches, dense, beside=beside, device=device, progress=progress)
+    return found.finish()
+
+
+def collect(
+    taps: Sequence[Tap],
+    batches: Iterable[Batch],
+    dense: Iterable[Batch] | None = None,
+    *,
+    beside: Collection[tuple[Tap, Tap]] = (),
+    device: torch.device | str = "cpu",
+    progress: Callable[[], None] | None = None,
+) -> Sums:
+    """Sum the products of every tap's rows over batches.
 
     Args:
         taps: what to collect; several may read one value.
@@ -70,25 +145,21 @@ def calibrate(
         progress: called after every batch.
 
     Raises:
-        DataError: there is no batch, every row is padding, or an activation holds NaN or Inf.
-        ModelError: a tap's value has not the shape its weight multiplies.
+        DataError: an activation holds NaN or Inf.
+        ModelError: a tap's value does not have the shape its weight multiplies.
     """
     device = torch.device(device)
     collector = _Collector(taps, tuple(beside) if dense is not None else (), device)
-    done = 0
     with exact_float32(), collector:
         # The dense model goes first: the other may read what it has just computed.
         pairs = (
             zip(dense, batches, strict=True) if dense is not None else ((None, b) for b in batches)
         )
         for reference, batch in pairs:
-            collector.add(batch, reference, done)
-            done += 1
+            collector.add(batch, reference)
             if progress is not None:
                 progress()
-    if not done:
-        raise DataError("calibration data: there are no feeds")
-    return collector.result(done)
+    return collector.sums
 
 
 @dataclass(frozen=True)
@@ -113,15 +184,14 @@ class _Collector:
         self, taps: Sequence[Tap], beside: Sequence[tuple[Tap, Tap]], device: torch.device
     ) -> None:
         self._device = device
-        self._grams = {tap: GramAccumulator(tap.features, tap.groups, device) for tap in taps}
-        self._drifts: dict[Tap, CrossAccumulator] = {}
-        self._beside = {
-            (tap, other): CrossAccumulator(other.features, tap.features, tap.groups, device)
-            for tap, other in beside
-        }
-        self._kept: dict[Tap, None] = {}
-        self._reached: set[Tap] = set()
-        self._excluded = False
+        self.sums = Sums(
+            {tap: GramAccumulator(tap.features, tap.groups, device) for tap in taps},
+            {},
+            {
+                (tap, other): CrossAccumulator(other.features, tap.features, tap.groups, device)
+                for tap, other in beside
+            },
+        )
         self._threads = torch.get_num_threads()
         self._workers = self._threads if device.type == "cpu" else 1
         self._jobs: list[_Job] = []
@@ -137,18 +207,19 @@ class _Collector:
         # A worker's setting is also the default of threads that torch has not seen yet.
         torch.set_num_threads(self._threads)
 
-    def add(self, batch: Batch, dense: Batch | None, index: int) -> None:
+    def add(self, batch: Batch, dense: Batch | None) -> None:
         """Add one batch; `dense` is given with every batch or with none."""
-        if dense is not None and not self._drifts:
-            self._drifts = {
+        index = self.sums.batches
+        if dense is not None and not self.sums.drifts:
+            self.sums.drifts = {
                 tap: CrossAccumulator(tap.features, tap.features, tap.groups, self._device)
-                for tap in self._grams
+                for tap in self.sums.grams
             }
-        self._reached.update(tap for tap in self._grams if batch.values[tap.value].numel())
+        self.sums.reached.update(tap for tap in self.sums.grams if batch.values[tap.value].numel())
         keeps = self._keeps(batch)
-        for tap, other in list(self._beside):
+        for tap, other in list(self.sums.beside):
             if not _same_rows(tap, other, batch):
-                del self._beside[tap, other]
+                del self.sums.beside[tap, other]
                 self._jobs = []
         self._jobs = self._jobs or self._share_out()
 
@@ -158,34 +229,35 @@ class _Collector:
             rows = read_rows(activation, tap, keeps[tap])
             if job.left is None:
                 for chunk in rows:
-                    self._grams[tap].add(chunk, batch.weight, **share)
-                if not self._grams[tap].finite(job.part, job.parts):
+                    self.sums.grams[tap].add(chunk, batch.weight, **share)
+                if not self.sums.grams[tap].finite(job.part, job.parts):
                     raise DataError(_not_finite(activation, tap, index))
                 return
             assert dense is not None, "a drift is summed only with the dense model's values"
-            sums = self._drifts[tap] if job.left is tap else self._beside[tap, job.left]
+            sums = self.sums.drifts[tap] if job.left is tap else self.sums.beside[tap, job.left]
             lefts = self._away(job.left, keeps[tap], dense, batch)
             for left, chunk in _in_step(lefts, rows):
                 sums.add(left, chunk, batch.weight, **share)
 
         for _ in self._pool.map(work, self._jobs):
             pass
+        self.sums.batches += 1
         if self._device.type == "cuda":
             # ONNX Runtime reuses the buffers on a stream of its own.
             torch.cuda.synchronize(self._device)
 
     def _keeps(self, batch: Batch) -> dict[Tap, torch.Tensor | None]:
-        """Return for each tap the mask of rows that are no padding, None to keep all."""
-        keeps: dict[Tap, torch.Tensor | None] = dict.fromkeys(self._grams)
+        """Return for each tap the mask of rows that are not padding, None to keep all."""
+        keeps: dict[Tap, torch.Tensor | None] = dict.fromkeys(self.sums.grams)
         if batch.mask is None or batch.mask.all():
             return keeps
-        for tap in self._grams:
+        for tap in self.sums.grams:
             mask = torch.from_numpy(batch.mask)
             keeps[tap] = _matching(mask, batch.values[tap.value], tap)
             if keeps[tap] is None and batch.values[tap.value].numel():
-                self._kept[tap] = None
+                self.sums.kept[tap] = None
             elif keeps[tap] is not None:
-                self._excluded = True
+                self.sums.excluded = True
         return keeps
 
     def _away(
@@ -204,9 +276,9 @@ class _Collector:
     def _share_out(self) -> list[_Job]:
         """Return the jobs, the largest first, none larger than a worker's fair share."""
         sums: list[tuple[Tap, Tap | None, GramAccumulator | CrossAccumulator]] = [
-            *((tap, None, gram) for tap, gram in self._grams.items()),
-            *((tap, tap, cross) for tap, cross in self._drifts.items()),
-            *((tap, other, cross) for (tap, other), cross in self._beside.items()),
+            *((tap, None, gram) for tap, gram in self.sums.grams.items()),
+            *((tap, tap, cross) for tap, cross in self.sums.drifts.items()),
+            *((tap, other, cross) for (tap, other), cross in self.sums.beside.items()),
         ]
         # A drift is a full product, a Gram matrix half of one.
         cost = [
@@ -221,37 +293,14 @@ class _Collector:
             jobs += [_Job(tap, left, part, parts) for part in range(parts)]
         return jobs
 
-    def result(self, batches: int) -> Calibration:
-        hessians = {tap: self._grams[tap].finish() for tap in self._grams if tap in self._reached}
-        for tap, cross in self._drifts.items():
-            if tap in hessians:
-                hessians[tap] = replace(hessians[tap], drift=cross.finish())
-        residuals = {pair: cross.finish() for pair, cross in self._beside.items()}
-        return Calibration(hessians, residuals, batches, self._excluded, tuple(self._kept))
-
 
 def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
     """Whether the stream beside a tap has a row for each of the site's output."""
     x, r = batch.values[tap.value], batch.values[other.value]
     if isinstance(tap.form, Patches):
-        space = _output_space(tuple(x.shape[2:]), tap.form)
+        space = output_space(tuple(x.shape[2:]), tap.form)
         return tuple(r.shape) == (x.shape[0], other.features, *space)
     return tuple(r.shape) == (*x.shape[:-1], other.features)
-
-
-def _output_space(space: tuple[int, ...], form: Patches) -> tuple[int, ...]:
-    """Return the size of a convolution's output along each spatial axis."""
-    rank = len(space)
-    sizes = []
-    for axis, size in enumerate(space):
-        stride = form.strides[axis]
-        if form.auto_pad.startswith("SAME"):
-            sizes.append(-(-size // stride))
-            continue
-        padded = size + (form.pads[axis] + form.pads[rank + axis])
-        span = (form.kernel[axis] - 1) * form.dilations[axis] + 1
-        sizes.append((padded - span) // stride + 1)
-    return tuple(sizes)
 
 
 def _in_step(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
 import torch
 from torch.nn.functional import pad
 
 from iobs_onnx.errors import ModelError
+from iobs_onnx.runtime.geometry import padding, span, transposed_padding
 from iobs_onnx.site import Patches, PreviousStates, Rows, Stacked, Tap, TransposedPatches
 
 # Patches repeat each input value once for each kernel position; they are made in chunks of this.
@@ -26,11 +27,11 @@ def read_rows(
     Args:
         activation: the tap's value, of any floating dtype.
         tap: how to read it.
-        keep: boolean mask over the leading axes of `activation`, True where a position is no
-            padding; None to keep all. Only for `Rows(-1)`.
+        keep: boolean mask over the leading axes of `activation`, True where a position is
+            not padding; None to keep all. Only for `Rows(-1)`.
 
     Raises:
-        ModelError: the activation has not the shape that the tap's weight multiplies.
+        ModelError: the activation does not have the shape that the tap's weight multiplies.
     """
     form = tap.form
     if not activation.numel():
@@ -118,7 +119,7 @@ def _patches(activation: torch.Tensor, tap: Tap, form: Patches) -> Iterator[torc
         raise _misfit(activation, tap, f"{form.groups * channels} channels and {rank} spatial axes")
     # Channels last, so that what is gathered for a kernel position is contiguous.
     image = activation.float().movedim(place, -1)
-    image = pad(image, (0, 0, *_padding(image.shape[1:-1], form))).contiguous()
+    image = _padded(image, padding(image.shape[1:-1], form))
     fields = _fields(image, activation, tap, form, form.strides)
     for chunk in _chunks(fields):
         yield chunk.reshape(form.groups, -1, tap.features)
@@ -137,7 +138,7 @@ def _transposed_patches(
     image = activation.new_zeros((batch, *spread, activation.shape[1]), dtype=torch.float32)
     every = tuple(slice(None, None, stride) for stride in form.strides)
     image[(slice(None), *every)] = activation.movedim(1, -1).float()
-    image = pad(image, (0, 0, *_transposed_padding(space, form))).contiguous()
+    image = _padded(image, transposed_padding(space, form))
     fields = _fields(image, activation, tap, form, (1,) * rank)
     # Gathering reads the kernel backwards.
     fields = fields.flip([-2 - axis for axis in range(rank)])
@@ -154,14 +155,14 @@ def _fields(
 ) -> torch.Tensor:
     """Return `(groups, batch, *out, *kernel, channels)` of a padded image, channels last."""
     rank = len(form.kernel)
-    for axis, (size, dilation) in enumerate(zip(form.kernel, form.dilations, strict=True)):
-        span = (size - 1) * dilation + 1
-        if image.shape[1 + axis] < span:
+    for axis, dilation in enumerate(form.dilations):
+        reach = span(form, axis)
+        if image.shape[1 + axis] < reach:
             raise ModelError(
                 f"activation {tap.value!r} has shape {tuple(activation.shape)}: smaller than the "
                 f"kernel {form.kernel} of its convolution"
             )
-        image = image.unfold(1 + axis, span, strides[axis])[..., ::dilation]
+        image = image.unfold(1 + axis, reach, strides[axis])[..., ::dilation]
     # (batch, *out, groups * channels, *kernel) -> (groups, batch, *out, *kernel, channels)
     fields = image.unflatten(1 + rank, (form.groups, -1)).movedim(1 + rank, 0)
     return fields.movedim(2 + rank, -1)
@@ -176,42 +177,10 @@ def _chunks(fields: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from images.split(max(1, _CHUNK_BYTES // slice_bytes), dim=2)
 
 
-def _padding(space: tuple[int, ...], form: Patches) -> list[int]:
-    """Return begin and end of each spatial axis, last axis first, as torch's `pad` takes them."""
-    rank = len(space)
-    result: list[int] = []
-    for axis in reversed(range(rank)):
-        if form.auto_pad == "NOTSET":
-            begin, end = form.pads[axis], form.pads[rank + axis]
-        elif form.auto_pad == "VALID":
-            begin = end = 0
-        else:  # SAME_*: as many outputs as strides fit into the input
-            stride = form.strides[axis]
-            span = (form.kernel[axis] - 1) * form.dilations[axis] + 1
-            outputs = -(-space[axis] // stride)
-            total = max(0, (outputs - 1) * stride + span - space[axis])
-            begin = total // 2 if form.auto_pad == "SAME_UPPER" else total - total // 2
-            end = total - begin
-        result += [begin, end]
-    return result
-
-
-def _transposed_padding(space: list[int], form: TransposedPatches) -> list[int]:
-    """Return how far the spread input reaches beyond its ends; less than 0 where it is cut off."""
-    rank = len(space)
-    result: list[int] = []
-    for axis in reversed(range(rank)):
-        span = (form.kernel[axis] - 1) * form.dilations[axis] + 1
-        begin, end = form.pads[axis], form.pads[rank + axis]
-        if form.output_shape or form.auto_pad.startswith("SAME"):
-            stride = form.strides[axis]
-            outputs = form.output_shape[axis] if form.output_shape else space[axis] * stride
-            reach = (space[axis] - 1) * stride + span + form.output_padding[axis]
-            total = reach - outputs
-            begin = total // 2 if form.auto_pad == "SAME_UPPER" else total - total // 2
-            end = total - begin
-        result += [span - 1 - begin, span - 1 - end + form.output_padding[axis]]
-    return result
+def _padded(image: torch.Tensor, ends: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Pad the spatial axes of an image, channels last; torch's `pad` takes the last axis first."""
+    flat = [count for pair in reversed(ends) for count in pair]
+    return pad(image, (0, 0, *flat)).contiguous()
 
 
 def _misfit(activation: torch.Tensor, tap: Tap, wanted: str) -> ModelError:

@@ -61,7 +61,7 @@ class InputSpec:
 
     @property
     def cache(self) -> bool:
-        """Whether it holds past keys or values, of which there may be none."""
+        """Whether it holds past keys or values, whose number may be 0."""
         return self.name.startswith("past_key_values")
 
 
@@ -142,7 +142,7 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     """Return what a feed must hold, required inputs first.
 
     Raises:
-        ModelError: an input is no tensor that NumPy can hold.
+        ModelError: an input is not a tensor that NumPy can hold.
     """
     required = [value for value in model.graph.inputs if not value.is_initializer()]
     # Before IR version 4 every initializer was an input, and a constant all the same.
@@ -284,7 +284,7 @@ def _gather_files(model: ir.Model, beside: Collection[str]) -> str | None:
         folder = os.path.commonpath([os.path.dirname(path) for _, _, path in files])
     except ValueError as error:
         raise ModelError(
-            f"model {_label(model)}: its external data lie on several drives; save it to one "
+            f"model {_label(model)}: its external data are on several drives; save it to one "
             "place first"
         ) from error
     for value, tensor, path in files:

@@ -76,8 +76,9 @@ def test_results_become_a_table_and_a_plot(tmp_path: Path) -> None:
     lines += [line("defaults", "2:4", 2.0, preset="balanced"), line("wanda", "2:4", 4.0)]
     lines += [line("defaults", "0.5", 1.5, preset="balanced", count=16)]
     results.write_text("\n".join(lines))
-    page = tmp_path / "benchmarks.md"
+    page, short = tmp_path / "benchmarks-notebook.md", tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- model_quality: begin -->old<!-- model_quality: end -->\nafter\n")
+    short.write_text("<!-- model_quality in short: begin --><!-- model_quality in short: end -->")
     quality_report.render(results, ["wanda", "sparsegpt", "defaults"], tmp_path)
     text = page.read_text()
     assert text.startswith("before\n")
@@ -92,6 +93,12 @@ def test_results_become_a_table_and_a_plot(tmp_path: Path) -> None:
         "| sparsegpt | 3.0 |  |",
         "| defaults | 2.0 |  |",
         "| defaults, 16 for calibration |  | 1.5 |",
+    ]
+    assert [row for row in short.read_text().splitlines() if row.startswith("|")] == [
+        "| model | metric | pattern | dense | magnitude | wanda | sparsegpt | alps | defaults |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| Toy | loss | 2:4 | 1.0 |  | 4.0 | 3.0 |  | **2.0** |",
+        "| Toy | loss | 50% | 1.0 |  |  |  |  |  |",
     ]
     assert (tmp_path / "img/quality-toy.png").stat().st_size > 10_000
     page.write_text("no marks")

@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from iobs_onnx.config import PruneConfig, make_config
+from iobs_onnx.passes.ops.use import Handler
 from iobs_onnx.runtime.data.images import Preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,20 @@ def test_the_handler_of_the_page_is_the_one_in_the_code() -> None:
     # Comments of the code are left out on the page.
     source = "\n".join(line for line in source.splitlines() if not line.strip().startswith("#"))
     assert code.strip() in source
+
+
+def test_what_the_page_of_operators_names_is_there() -> None:
+    page = (ROOT / "docs" / "adding-an-operator.md").read_text()
+    tables = re.findall(r"^\| (.*?`passes/[^|]*) \|", page, re.MULTILINE)
+    assert len(tables) == 6
+    for row in tables:
+        *names, file = re.findall(r"`([^`]+)`", row)
+        source = (ROOT / file).read_text()
+        assert all(f"{name} = " in source or f"{name}: " in source for name in names), row
+    for file in re.findall(r"`((?:passes|runtime|iobs_onnx|tests)/[^`]*)`", page):
+        assert (ROOT / file).exists(), file
+    fields = {field.name for field in dataclasses.fields(Handler)} - {"operands", "describe"}
+    assert set(re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \|$", page, re.MULTILINE)) == fields
 
 
 def test_the_toml_of_the_quickstart_is_valid() -> None:
@@ -86,6 +101,36 @@ def test_the_json_of_the_pages_is_read(tmp_path: Path) -> None:
     (step,) = blocks("olive.md", "json")
     workflow = json.loads((ROOT / "examples/olive/workflow.json").read_text())
     assert json.loads(f"{{{step}}}") == {"prune": workflow["passes"]["prune"]}
+
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page: str) -> None:
+    """Files and folders of the repository, and targets of make."""
+    text = (ROOT / page).read_text()
+    folders = "iobs_onnx|passes|runtime|tests|benchmarks|examples|docs"
+    for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*", text):
+        assert (ROOT / path.rstrip(".")).exists(), path
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"(?:`|^)(?:\w+=\w+ )?make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets, target
+
+
+def test_every_folder_of_code_has_a_row_in_the_layout() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = set(re.findall(r"^\| `([\w/]+)/` \|", text, re.MULTILINE))
+    folders = {
+        str(file.parent.relative_to(ROOT))
+        for top in ("iobs_onnx", "passes", "runtime")
+        for file in (ROOT / top).rglob("__init__.py")
+    }
+    assert rows - {"tests"} == folders
 
 
 @pytest.mark.slow

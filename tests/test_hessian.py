@@ -36,7 +36,7 @@ def test_equals_float64_and_is_symmetric(features):
     assert hessian.matrix.shape == (1, features, features)
     assert hessian.matrix.dtype == torch.float32
     assert torch.equal(hessian.matrix, hessian.matrix.mT)
-    assert relative(hessian.matrix[0].numpy(), reference(rows)) < 1e-6
+    assert relative(hessian.matrix[0].numpy(), reference(rows)) < 1e-5
 
 
 def test_groups_are_independent():
@@ -45,7 +45,7 @@ def test_groups_are_independent():
     sums.add(torch.from_numpy(rows))
     matrix = sums.finish().matrix.numpy()
     for group in range(3):
-        assert relative(matrix[group], reference(rows[group])) < 1e-6
+        assert relative(matrix[group], reference(rows[group])) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_combine_weighs_by_rows():
         hessians.append(sums.finish())
     both = combine(hessians)
     assert both.rows == 60
-    assert relative(both.matrix[0].numpy(), reference(rows)) < 1e-6
+    assert relative(both.matrix[0].numpy(), reference(rows)) < 1e-5
     assert combine(hessians[:1]) is hessians[0]
 
 
@@ -210,7 +210,8 @@ def test_combine_takes_an_absent_drift_for_none():
 
 
 def test_dead_inputs():
-    hessian = Hessian(torch.diag(torch.tensor([1.0, 0.0, 2.0]))[None], 4, torch.zeros(1, 3))
+    matrix = torch.diag(torch.tensor([1.0, 0.0, 2.0]))[None]
+    hessian = Hessian(matrix, 4, 4.0, torch.zeros(1, 3))
     assert dead_inputs(hessian.matrix).tolist() == [[False, True, False]]
 
 

@@ -1,1 +1,1 @@
-"""Commands of the command line, one family a file; each adds its parsers with `add(commands)`."""
+"""Commands of the command line, one a file; each adds its parser with `add(commands)` and runs."""

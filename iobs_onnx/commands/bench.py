@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from iobs_onnx.runtime.bench import Timing
+    from iobs_onnx.runtime.semi_structured import LayerTiming
 
 
 def add(commands: Any) -> None:
@@ -14,7 +21,7 @@ def add(commands: Any) -> None:
         help="time a sparse model against its dense one",
         description="Time a dense and a sparse model in turns, on every engine present.",
     )
-    command.set_defaults(run=_bench)
+    command.set_defaults(run=_run)
     command.add_argument("dense", metavar="DENSE")
     command.add_argument("sparse", metavar="SPARSE")
     command.add_argument(
@@ -33,7 +40,7 @@ def add(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     from iobs_onnx.timing import bench
 
     found = bench(
@@ -48,15 +55,24 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(json.dumps(found.as_dict(), indent=2))
         return 0
 
-    from rich.table import Table
-
     from iobs_onnx.commands.console import make_console
 
     console = make_console()
+    console.print(_models_table(found.timings))
+    if found.layers:
+        console.print(_products_table(found.layers))
+    for note in found.notes:
+        console.print(note, soft_wrap=True)
+    return 0
+
+
+def _models_table(timings: Sequence[Timing]) -> Table:
+    from rich.table import Table
+
     table = Table(title="median of interleaved rounds")
     for heading in ("engine", "batch", "dense", "sparse", "speed-up", "dense", "sparse"):
         table.add_column(heading, justify="right" if heading != "engine" else "left")
-    for row in found.timings:
+    for row in timings:
         low, high = row.speedup_range
         table.add_row(
             row.engine,
@@ -67,20 +83,21 @@ def _bench(arguments: argparse.Namespace) -> int:
             f"{row.dense_per_second:,.1f} /s",
             f"{row.sparse_per_second:,.1f} /s",
         )
-    console.print(table)
-    if found.layers:
-        layers = Table(title="single products with cuSPARSELt, fp16")
-        for heading in ("out × in", "rows", "dense", "sparse", "speed-up"):
-            layers.add_column(heading, justify="right")
-        for layer in found.layers:
-            layers.add_row(
-                f"{layer.out_features} × {layer.in_features}",
-                f"{layer.rows:,}",
-                f"{layer.dense_ms:.3f} ms",
-                f"{layer.sparse_ms:.3f} ms",
-                f"{layer.dense_ms / layer.sparse_ms:.2f} ×",
-            )
-        console.print(layers)
-    for note in found.notes:
-        console.print(note, soft_wrap=True)
-    return 0
+    return table
+
+
+def _products_table(layers: Sequence[LayerTiming]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="single products with cuSPARSELt, fp16")
+    for heading in ("out × in", "rows", "dense", "sparse", "speed-up"):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        table.add_row(
+            f"{layer.out_features} × {layer.in_features}",
+            f"{layer.rows:,}",
+            f"{layer.dense_ms:.3f} ms",
+            f"{layer.sparse_ms:.3f} ms",
+            f"{layer.dense_ms / layer.sparse_ms:.2f} ×",
+        )
+    return table

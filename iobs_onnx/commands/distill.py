@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from typing import Any
 
 from iobs_onnx.config import PruneConfig
+from iobs_onnx.config.checks import seconds
 from iobs_onnx.errors import OptionError
 
 # Options of prune that say how data are read.
@@ -16,7 +16,6 @@ _DATA = (
     *("text", "tokenizer", "pack", "images", "preprocess", "sequence_length", "start_token"),
     *("samples", "batch_size"),
 )
-_UNITS = {"": 1, "s": 1, "min": 60, "h": 3600}
 
 
 def add(commands: Any) -> None:
@@ -50,7 +49,6 @@ def add(commands: Any) -> None:
     )
     length.add_argument(
         "--distill-time",
-        type=_seconds,
         metavar="TIME",
         help="as many steps as fit into this: 90s, 20min, 1.5h",
     )
@@ -79,13 +77,6 @@ def add(commands: Any) -> None:
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 90s, 20min or 1.5h")
-    return float(found[1]) * _UNITS[found[2]]
-
-
 def _distill(arguments: argparse.Namespace) -> int:
     from iobs_onnx.commands.console import Bars, make_console
     from iobs_onnx.pruning.distil.run import distil_file
@@ -94,9 +85,10 @@ def _distill(arguments: argparse.Namespace) -> int:
 
     if arguments.seed < 0:
         raise OptionError(f"seed {arguments.seed}: must not be negative")
+    time = arguments.distill_time
     settings = DistilSettings(
         steps=arguments.distill_steps,
-        seconds=arguments.distill_time,
+        seconds=None if time is None else seconds("distill_time", time),
         rate=arguments.distill_rate,
         loss=arguments.loss,
         seed=arguments.seed,

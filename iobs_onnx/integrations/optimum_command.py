@@ -10,7 +10,7 @@ from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from iobs_onnx.cli import add_options
+from iobs_onnx.commands.prune import add_options
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import IobsError
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +14,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import OptionError
-from iobs_onnx.passes import Codes
-from iobs_onnx.pruning.solve import Solved
-from iobs_onnx.report.mask_picture import MaskPicture
-from iobs_onnx.report.record import SiteReport
+from iobs_onnx.passes import Codes, replacing
+from iobs_onnx.pruning.records import Measurements, SolvedSite
 from iobs_onnx.runtime import Feed
 from iobs_onnx.site import Site
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What one site became; the tensors are on disk.
-
-    Attributes:
-        weight: its sparse tensor.
-        bias: its new bias, None if it stays.
-        codes: the integers that the weight is to be written as, None for none.
-        report: its line of the report.
-    """
-
-    weight: ir.ExternalTensor
-    bias: ir.ExternalTensor | None
-    codes: Codes | None
-    report: SiteReport
-
-
-class Shelf:
+class Checkpoint:
     """Keeps what was solved in a folder; every record is whole or not there.
 
     A record is a `.json` file, written last, with a `.data` file of tensors beside it.
@@ -96,8 +75,8 @@ class Shelf:
             )
 
     def put(
-        self, name: str, solved: Mapping[Site, Solved], facts: Mapping[str, Any]
-    ) -> dict[Site, Finished]:
+        self, name: str, solved: Mapping[Site, SolvedSite], facts: Mapping[str, Any]
+    ) -> dict[Site, SolvedSite]:
         """Write solved sites and facts about them; return the sites as they lie there."""
         arrays = {
             (site, what): array
@@ -115,7 +94,7 @@ class Shelf:
             site.name: {
                 "tensors": {what: places.get((site, what)) for what in _arrays(item)},
                 "axis": None if item.codes is None else item.codes.axis,
-                "report": dataclasses.asdict(item.report),
+                "measured": dataclasses.asdict(item.measured),
             }
             for site, item in solved.items()
         }
@@ -126,31 +105,52 @@ class Shelf:
 
     def get(
         self, name: str, sites: Sequence[Site]
-    ) -> tuple[dict[Site, Finished], dict[str, Any]] | None:
-        """Return finished sites and the facts about them; None where there is no such record.
+    ) -> tuple[dict[Site, SolvedSite], dict[str, Any]] | None:
+        """Return solved sites and the facts about them; None where there is no such record.
 
-        Sites that were not solved, for want of rows, are left out.
+        Sites that were not solved, because no rows reached them, are left out.
         """
         held = self._read(name)
         if held is None:
             return None
         done = [site for site in sites if site.name in held["sites"]]
-        return {site: self._finished(name, held["sites"][site.name]) for site in done}, held[
-            "facts"
-        ]
+        return {site: self._solved(name, held["sites"][site.name]) for site in done}, held["facts"]
 
-    def _finished(self, name: str, item: Mapping[str, Any]) -> Finished:
+    def _solved(self, name: str, item: Mapping[str, Any]) -> SolvedSite:
         found = {
             what: None if place is None else self._tensor(f"{name}.data", place)
             for what, place in item["tensors"].items()
         }
         weight, values, scale = found["weight"], found["values"], found["scale"]
-        assert weight is not None, "every finished site has a weight"
+        assert weight is not None, "every solved site has a weight"
         codes = None
         if values is not None and scale is not None:
             codes = Codes(values.numpy(), scale.numpy(), item["axis"])
-        report = {**item["report"], "mask": MaskPicture(**item["report"]["mask"])}
-        return Finished(weight, found["bias"], codes, SiteReport(**report))
+        return SolvedSite(weight, found["bias"], codes, Measurements(**item["measured"]))
+
+    def put_tensors(
+        self, name: str, arrays: Mapping[str, NDArray[np.generic]], facts: Mapping[str, Any]
+    ) -> tuple[dict[str, ir.ExternalTensor], dict[str, Any]]:
+        """Write tensors by name, and facts about them; return them as they lie there."""
+        tensors = ir.external_data.convert_tensors_to_external(
+            [ir.Tensor(np.ascontiguousarray(array)) for array in arrays.values()],
+            self.folder,
+            f"{name}.data",
+        )
+        places = {key: _place(tensor) for key, tensor in zip(arrays, tensors, strict=True)}
+        self._write(name, {"facts": dict(facts), "tensors": places})
+        found = self.get_tensors(name)
+        assert found is not None, "it was written just now"
+        return found
+
+    def get_tensors(self, name: str) -> tuple[dict[str, ir.ExternalTensor], dict[str, Any]] | None:
+        """Return what :meth:`put_tensors` wrote, or None."""
+        held = self._read(name)
+        if held is None:
+            return None
+        file = f"{name}.data"
+        found = {key: self._tensor(file, place) for key, place in held["tensors"].items()}
+        return found, held["facts"]
 
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write facts that go with no tensors."""
@@ -172,12 +172,8 @@ class Shelf:
         )
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        beside = self.folder / f".{name}.part"
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.folder / f"{name}.json")
+        with replacing(self.folder / f"{name}.json") as file:
+            file.write_text(json.dumps(content), encoding="utf-8")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
@@ -205,11 +201,11 @@ def _hash(hashed: hashlib._Hash, item: Feed | tuple[Feed, float]) -> None:
         hashed.update(repr(array.tolist()).encode() if strings else array.tobytes())
 
 
-def _arrays(solved: Solved) -> dict[str, NDArray[np.generic] | None]:
+def _arrays(solved: SolvedSite) -> dict[str, NDArray[np.generic] | None]:
     codes = solved.codes
     return {
-        "weight": solved.stored,
-        "bias": solved.bias,
+        "weight": solved.weight.numpy(),
+        "bias": None if solved.bias is None else solved.bias.numpy(),
         "values": None if codes is None else codes.values,
         "scale": None if codes is None else codes.scale,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from iobs_onnx.hessian import Cross, Hessian, combine, mix
+from iobs_onnx.passes import replacing
 from iobs_onnx.runtime import Calibration
 
 
@@ -51,10 +51,12 @@ class Recall:
                 known = {tap: h for tap, h in measured.hessians.items() if _held(held, tap, "rows")}
                 for tap, new in known.items():
                     old = _read(held, tap)
-                    weighed = dataclasses.replace(old, rows=round(self.factor * old.rows))
+                    weighed = dataclasses.replace(
+                        old, rows=round(self.factor * old.rows), weight=self.factor * old.weight
+                    )
                     hessians[tap] = combine([new, weighed])
                 for pair, cross in measured.residuals.items():
-                    share = measured.hessians[pair[0]].rows / hessians[pair[0]].rows
+                    share = measured.hessians[pair[0]].weight / hessians[pair[0]].weight
                     earlier = _read_cross(held, pair)
                     parts = [(cross, share), *([(earlier, 1 - share)] if earlier else [])]
                     residuals[pair] = mix(*zip(*parts, strict=True))
@@ -71,19 +73,20 @@ def _write(path: Path, hessians: dict[Any, Hessian], residuals: dict[Any, Cross]
     tensors = {}
     for tap, item in hessians.items():
         tensors[_key(tap, "rows")] = torch.tensor(item.rows)
+        tensors[_key(tap, "weight")] = torch.tensor(item.weight, dtype=torch.float64)
         tensors[_key(tap, "matrix")], tensors[_key(tap, "mean")] = item.matrix, item.mean
     crosses = {tap: item.drift for tap, item in hessians.items() if item.drift} | residuals
     for left, cross in crosses.items():
         tensors[_key(left, "cross")], tensors[_key(left, "cross mean")] = cross.matrix, cross.mean
-    beside = path.with_name(f".{path.name}.part")
-    save_file(tensors, beside)
-    os.replace(beside, path)
+    with replacing(path) as file:
+        save_file(tensors, file)
 
 
 def _read(held: Any, tap: Hashable) -> Hessian:
     matrix, mean = (held.get_tensor(_key(tap, what)) for what in ("matrix", "mean"))
     rows = int(held.get_tensor(_key(tap, "rows")))
-    return Hessian(matrix, rows, mean, _read_cross(held, tap))
+    weight = float(held.get_tensor(_key(tap, "weight")))
+    return Hessian(matrix, rows, weight, mean, _read_cross(held, tap))
 
 
 def _read_cross(held: Any, left: Hashable) -> Cross | None:

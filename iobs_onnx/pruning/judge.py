@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from iobs_onnx.engine import Place, compare
-from iobs_onnx.errors import CheckError, OptionError
+from iobs_onnx.engine import Engine, compare
+from iobs_onnx.errors import CheckError, DataError, GateError, InputError, OptionError
 from iobs_onnx.passes import save_model
-from iobs_onnx.runtime import Data, OutputFidelity
+from iobs_onnx.runtime import Data, OutputFidelity, find_callable
 
 Metric = Callable[[str], float]
 
@@ -49,13 +47,13 @@ class Judge:
     Attributes:
         dense: what it is compared with.
         data: its held-out feeds are read anew for every model.
-        place: where models run.
+        engine: where models run.
         metric: of the user; None for none.
     """
 
     dense: ir.Model
     data: Data
-    place: Place
+    engine: Engine
     metric: Metric | None = None
 
     def outputs(self, sparse: ir.Model) -> list[OutputFidelity]:
@@ -66,7 +64,7 @@ class Judge:
         """
         if not self.data.held_out_samples:
             return []
-        found = compare(self.dense, sparse, self.data.held_out, self.place)
+        found = compare(self.dense, sparse, self.data.held_out, self.engine)
         if broken := [output.name for output in found if not output.finite]:
             raise CheckError(
                 f"output {broken[0]!r} of the sparse model is not finite on held-out feeds; "
@@ -88,7 +86,7 @@ class Judge:
     def measure(self, model: ir.Model) -> float:
         """Return the user's metric of a model."""
         assert self.metric is not None, "only where there is one"
-        with TemporaryDirectory(dir=self.place.folder) as folder:
+        with TemporaryDirectory(dir=self.engine.folder) as folder:
             file = Path(folder, "model.onnx")
             save_model(model, file)
             value = float(self.metric(os.fspath(file)))
@@ -105,14 +103,31 @@ def find_metric(metric: str | Metric | None) -> Metric | None:
     """
     if not isinstance(metric, str):
         return metric
-    # A console script does not see modules in the working directory, `python -m` does.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    module, _, name = metric.partition(":")
     try:
-        found: Metric = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return find_callable(metric)
+    except (InputError, ImportError, ValueError) as error:
         raise OptionError(
             f"metric {metric!r}: expected module:callable, which can be imported ({error})"
         ) from error
-    return found
+
+
+def require_output_error(outputs: Sequence[OutputFidelity], bound: float | None) -> None:
+    """Hold the relative error of every output on held-out samples to a bound; None for none.
+
+    Raises:
+        DataError: there is a bound, and no sample was held out.
+        GateError: an output is further from the dense model's than that.
+    """
+    if bound is None:
+        return
+    if not outputs:
+        raise DataError(
+            f"max_output_error {bound}: the data leave no sample to hold out; give more"
+        )
+    worst = max(outputs, key=lambda output: output.relative_error)
+    # Not `>`: an error that is NaN must not pass.
+    if not worst.relative_error <= bound:
+        raise GateError(
+            f"output {worst.name!r}: relative error {worst.relative_error:.4g} on held-out samples "
+            f"exceeds max_output_error {bound:g}; nothing was written"
+        )

@@ -2,68 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-import onnx_ir as ir
+from dataclasses import dataclass, replace
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, GateError
-from iobs_onnx.pruning.checkpoint import Finished
 from iobs_onnx.pruning.judge import Judge, Verdict
-from iobs_onnx.site import Site
+from iobs_onnx.pruning.records import Run, with_sites
+from iobs_onnx.pruning.stages import Pruned
 
 
-def leave_dense(
-    finished: Mapping[Site, Finished],
-    verdict: Verdict,
-    config: PruneConfig,
-    judge: Judge,
-    pruned: Callable[[Mapping[Site, Finished]], ir.Model],
-) -> tuple[dict[Site, Finished], Verdict]:
-    """Return the sites that may stay sparse under `budget_error` and `min_metric`, and the worth.
+@dataclass(frozen=True)
+class LeaveDense:
+    """Sites go back to dense until `budget_error` and `min_metric` hold.
 
-    Sites go back to dense in the order of their layer error, highest first; how many is found by
-    bisection, as if each one that goes back made the model better.
+    They go in the order of their layer error, highest first; how many is found by bisection, as if
+    each one that goes back made the model better.
 
-    Args:
-        finished: the sparse sites.
-        verdict: on the model with all of them sparse.
-        config: names the bounds; without one nothing is changed.
+    Attributes:
         judge: of models.
-        pruned: makes the model in which these sites are sparse.
-
-    Raises:
-        DataError: there is a bound on the error, and nothing was held out to measure it.
-        GateError: the bound does not hold even where a single site is sparse.
     """
-    if config.budget_error is not None and verdict.error is None:
-        raise DataError(
-            f"budget_error {config.budget_error}: no float output was compared on held-out "
-            "samples; give more data, or a metric"
-        )
-    if _holds(verdict, config):
-        return dict(finished), verdict
-    order = sorted(finished, key=lambda site: finished[site].report.layer_error)
 
-    def cheapest(count: int) -> dict[Site, Finished]:
-        chosen = set(order[:count])
-        return {site: item for site, item in finished.items() if site in chosen}
+    judge: Judge
+    name: str = "leave dense"
 
-    held, failing = 0, len(order)  # counts of sparse sites
-    best: Verdict | None = None
-    while failing - held > 1:
-        count = (held + failing) // 2
-        found = judge(pruned(cheapest(count)))
-        if _holds(found, config):
-            held, best = count, found
-        else:
-            failing = count
-    if best is None:
-        raise GateError(
-            f"{_bound(config)} does not hold even with one sparse site; choose a weaker bound; "
-            "nothing was written"
-        )
-    return cheapest(held), best
+    def run(self, run: Run, pruned: Pruned) -> Pruned:
+        """Return the model with the sites that may stay sparse.
+
+        Raises:
+            DataError: there is a bound on the error, and nothing was held out to measure it.
+            GateError: the bound does not hold even where a single site is sparse.
+        """
+        config, sites = run.config, pruned.sites
+        if config.budget_error is not None and pruned.verdict.error is None:
+            raise DataError(
+                f"budget_error {config.budget_error}: no float output was compared on held-out "
+                "samples; give more data, or a metric"
+            )
+        if _holds(pruned.verdict, config):
+            return pruned
+        order = sorted(sites, key=lambda site: sites[site].measured.layer_error)
+
+        def cheapest(count: int) -> Pruned:
+            chosen = set(order[:count])
+            kept = {site: item for site, item in sites.items() if site in chosen}
+            verdict = self.judge(with_sites(run.dense, kept, pruned.tensors))
+            return replace(pruned, sites=kept, verdict=verdict)
+
+        held, failing = 0, len(order)  # counts of sparse sites
+        best: Pruned | None = None
+        while failing - held > 1:
+            count = (held + failing) // 2
+            found = cheapest(count)
+            if _holds(found.verdict, config):
+                held, best = count, found
+            else:
+                failing = count
+        if best is None:
+            raise GateError(
+                f"{_bound(config)} does not hold even with one sparse site; choose a weaker bound; "
+                "nothing was written"
+            )
+        return best
 
 
 def reason(config: PruneConfig) -> str:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,36 +19,27 @@ import onnx_ir as ir
 import torch
 
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.engine import Place, default_memory_budget
+from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
-from iobs_onnx.passes import (
-    bring_into_memory,
-    find_sites,
-    load_model,
-    model_hash,
-    require_opset,
-)
-from iobs_onnx.pruning.checkpoint import Shelf, digest
-from iobs_onnx.pruning.gates import require_output_error
-from iobs_onnx.pruning.judge import Judge, find_metric
-from iobs_onnx.pruning.leave_dense import leave_dense, reason
+from iobs_onnx.passes import find_sites, load_model, model_hash, require_opset
+from iobs_onnx.pruning.checkpoint import Checkpoint, digest
+from iobs_onnx.pruning.distil.stage import DistilModel, require_distillable
+from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
+from iobs_onnx.pruning.leave_dense import LeaveDense, reason
 from iobs_onnx.pruning.prior.allocate import allocate
 from iobs_onnx.pruning.prior.permute import permuted
 from iobs_onnx.pruning.progress import Progress
-from iobs_onnx.pruning.rounding import store_quantized
+from iobs_onnx.pruning.records import Run
 from iobs_onnx.pruning.rounds import UNREACHED, Rounds
+from iobs_onnx.pruning.selection import decline, select
+from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.sources import calibration_sources
-from iobs_onnx.pruning.write import (
-    describe_deployment,
-    describe_file,
-    require_form,
-    set_form,
-    write,
-)
+from iobs_onnx.pruning.stages import ModelStage, Pruned, run_model_stages
+from iobs_onnx.pruning.walk import Route
+from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import Data, InputSpec, input_specs, join, open_data
-from iobs_onnx.selection import decline, select
-from iobs_onnx.site import Candidates
+from iobs_onnx.site import Candidates, Declined
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -115,76 +106,94 @@ def prune(
     config = make_config({"sparsity": sparsity, "solver": solver, **options})
     started = time.perf_counter()
     progress = progress or Progress()
-    device = _device(config)
-    metric = find_metric(config.metric)
-
+    device, metric = _device(config), find_metric(config.metric)
     dense = load_model(model)
     require_form(dense, output, config.emit)
-    chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
-    _require_sites(chosen)
-    if config.quantize is not None:
-        require_opset(dense, chosen.sites)
-    inputs = input_specs(dense)
-    sources = calibration_sources(calibration, config, dense, model, inputs)
-    data = _open(sources, holdout, inputs, config)
+    chosen = _chosen(dense, config)
+    sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
+    data = _open(sources, holdout, input_specs(dense), config)
+    if config.distill == "model":
+        require_distillable(dense, data)
     with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
-        shelf = Shelf(folder)
-        if work_dir is not None:
-            held_out = None if holdout is None else digest(data.held_out)
-            run = {"options": config.as_dict(), "held-out data": held_out}
-            shelf.claim({**_identity(model, work_dir), **run})
         budget = config.memory_budget or default_memory_budget()
-        place = Place(config.provider, budget, Path(spill))
-        judge = Judge(dense, data, place, metric)
-        start, permutations = permuted(dense, chosen.sites, data, config, place, device)
-        allocation = allocate(start, chosen.sites, data, config, place, device)
-        patterns = allocation.patterns
-        rounds = Rounds(start, chosen.sites, patterns, config, place, device, shelf, judge)
-        with progress.stage("prune", rounds.steps(data.batches)) as advance:
-            reached, verdict = rounds.run(data, advance)
-        finished, verdict = leave_dense(reached, verdict, config, judge, rounds.pruned)
-        require_output_error(verdict.outputs, config.max_output_error)
-        sparse = rounds.pruned(finished)
-        if output is None:
-            bring_into_memory(sparse)
-        form = set_form(sparse, list(finished), config)
-        held = [patterns[site] for site in finished]
-        sites = store_quantized(sparse, finished, held)
-        written, checker = write(sparse, model, sites, output, config, place.folder)
-
-    left = [
-        decline(site, reason(config) if site in reached else f"calibration data: {UNREACHED}")
-        for site in chosen.sites
-        if site not in finished
-    ]
-    report = build_report(
-        config=config,
-        model={**describe_file(model), "checker": checker},
-        output={**written, **form},
-        runtime={**place.runtime, "device": str(device), "segments": len(rounds.segments)},
-        calibration=CalibrationRecord.of(
-            sources, data, dataclasses.asdict(rounds.facts), rounds.random_tokens
-        ),
-        sites=[item.report for item in finished.values()],
-        declined=[*chosen.declined, *left],
-        deployment=describe_deployment(sparse, sites, held, output, data.held_out, config),
-        permutations=permutations,
-        allocation=allocation.as_list(),
-        rounds=rounds.trace,
-        fidelity=verdict.outputs,
-        seconds={**rounds.seconds, "total": time.perf_counter() - started},
-    )
+        engine = Engine(config.provider, budget, Path(spill))
+        checkpoint = Checkpoint(folder)
+        if work_dir is not None:
+            checkpoint.claim(_identity(model, work_dir, config, None if holdout is None else data))
+        judge = Judge(dense, data, engine, metric)
+        run = Run(dense, chosen.sites, {}, data, config, engine, device)
+        reordered, permutations = permuted(run)
+        run = replace(run, dense=reordered)
+        allocation = allocate(run)
+        run = replace(run, patterns=allocation.patterns)
+        rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
+        with progress.stage("prune", rounds.steps()) as advance:
+            rounded = rounds.walk(advance)
+        stages: list[ModelStage] = [LeaveDense(judge)]
+        if config.distill == "model":
+            stages.insert(0, DistilModel(sources, model, judge, checkpoint, progress))
+        final = run_model_stages(run, rounded.pruned, stages)
+        require_output_error(final.verdict.outputs, config.max_output_error)
+        written = write_pruned(run, final, model, output)
+        report = build_report(
+            config=config,
+            model={**describe_file(model), "checker": written.checker},
+            output=written.output,
+            runtime={
+                **engine.used(),
+                "device": str(device),
+                "segments": len(rounds.route.segments),
+            },
+            calibration=CalibrationRecord.of(
+                sources, data, dataclasses.asdict(rounded.facts), _random_tokens(rounds)
+            ),
+            sites=[item.report(site) for site, item in final.sites.items()],
+            declined=[*chosen.declined, *_left_dense(run, rounded.pruned, final)],
+            deployment=written.deployment,
+            permutations=permutations,
+            allocation=allocation.as_list(),
+            rounds=rounded.trace,
+            distillation=final.distillation,
+            fidelity=final.verdict.outputs,
+            seconds={**rounded.seconds, "total": time.perf_counter() - started},
+        )
     if output is None:
-        return PruneResult(sparse, report, None)
+        return PruneResult(written.model, report, None)
     return PruneResult(load_model(output), report, os.fspath(output))
 
 
-def _require_sites(chosen: Candidates) -> None:
-    if chosen.sites:
-        return
-    reasons = sorted({item.reason for item in chosen.declined})
-    why = f"every candidate is declined: {'; '.join(reasons)}" if reasons else "it holds no weights"
-    raise ModelError(f"there is nothing to prune in this model: {why}")
+def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
+    """Return the sites to prune, and what is left as it is.
+
+    Raises:
+        ModelError: there is nothing to prune.
+    """
+    chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
+    if not chosen.sites:
+        reasons = sorted({item.reason for item in chosen.declined})
+        listed = f"every candidate is declined: {'; '.join(reasons)}"
+        why = listed if reasons else "it holds no weights"
+        raise ModelError(f"there is nothing to prune in this model: {why}")
+    if config.quantize is not None:
+        require_opset(dense, chosen.sites)
+    return chosen
+
+
+def _random_tokens(rounds: Rounds) -> float:
+    """Return the share of the calibration that is random tokens."""
+    return rounds.run.config.random_tokens if rounds.route.tokens else 0.0
+
+
+def _left_dense(run: Run, reached: Pruned, final: Pruned) -> list[Declined]:
+    """Say of every site that is not sparse in the end why not."""
+    return [
+        decline(
+            site,
+            reason(run.config) if site in reached.sites else f"calibration data: {UNREACHED}",
+        )
+        for site in run.sites
+        if site not in final.sites
+    ]
 
 
 def _open(
@@ -204,10 +213,8 @@ def _open(
     ]
     judging = None if holdout is None else open_data(holdout, inputs, holdout=0)
     data = join(parts, judging)
-    if config.rounds > 1 or config.allocate == "error":  # these read the feeds more than once
-        data.calibration = list(data.calibration)
-        data.batches = len(data.calibration)
-    return data
+    once = (config.rounds, config.allocate, config.permute, config.distill)
+    return data if once == (1, "uniform", False, "none") else data.in_memory()
 
 
 def _device(config: PruneConfig) -> torch.device:
@@ -238,8 +245,15 @@ def _work_folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     yield folder
 
 
-def _identity(model: Any, work_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what two runs that share a work folder have in common, besides options and feeds."""
+def _identity(
+    model: Any, work_dir: str | os.PathLike[str], config: PruneConfig, judging: Data | None
+) -> dict[str, Any]:
+    """Return what two runs that share a work folder have in common, besides their feeds."""
     if not isinstance(model, str | os.PathLike):
-        raise OptionError(f"work-dir {work_dir}: give the model as a file, to be known again")
-    return {"model": model_hash(model), "version": importlib.metadata.version("iobs-onnx")}
+        raise OptionError(f"work-dir {work_dir}: give the model as a file, not in memory")
+    return {
+        "model": model_hash(model),
+        "version": importlib.metadata.version("iobs-onnx"),
+        "options": config.as_dict(),
+        "held-out data": None if judging is None else digest(judging.held_out),
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +15,6 @@ from iobs_onnx.passes import Codes, channel_axis, check_pattern, find_sites, sto
 from iobs_onnx.site import Site
 from iobs_onnx.solvers.rounding import Rounded, nearest, round_compensated, steps
 from iobs_onnx.sparsity import Pattern
-
-if TYPE_CHECKING:
-    from iobs_onnx.pruning.checkpoint import Finished
 
 
 def round_site(
@@ -69,23 +65,28 @@ def _codes(site: Site, groups: Sequence[Rounded], dtype: np.dtype[np.generic]) -
 
 
 def store_quantized(
-    model: ir.Model, finished: Mapping[Site, Finished], patterns: Sequence[Pattern]
+    model: ir.Model, codes: Mapping[Site, Codes | None], patterns: Sequence[Pattern]
 ) -> tuple[Site, ...]:
     """Store the weights that were rounded as integers, in place, and hold these to their patterns.
 
+    Args:
+        model: the pruned one.
+        codes: of each site; None where it was not rounded.
+        patterns: of the sites, in their order.
+
     Returns:
-        The sites of the model as it is now, in the order of `finished`.
+        The sites of the model as it is now, in the order of `codes`.
 
     Raises:
         CheckError: a weight is not found again, or its integers do not hold the pattern.
     """
-    rounded = {s.initializer: item.codes for s, item in finished.items() if item.codes is not None}
+    rounded = {site.initializer: item for site, item in codes.items() if item is not None}
     if not rounded:
-        return tuple(finished)
+        return tuple(codes)
     renamed = store_as_integers(model, rounded)
     stored = {site.initializer: site for site in find_sites(model).sites}
     again = []
-    for site in finished:
+    for site in codes:
         found = stored.get(renamed.get(site.initializer, site.initializer))
         if found is None or found.in_features != site.in_features:
             raise CheckError(f"weight {site.initializer!r}: not found again behind its scale")

@@ -1,229 +1,176 @@
-"""Solve the sites that read the same activations, and say what each one cost."""
+"""The first stage of a segment: make its sites sparse, and measure what each one cost."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 
 from iobs_onnx.config import PruneConfig
-from iobs_onnx.errors import IobsError, ModelError
-from iobs_onnx.hessian import Cross, Hessian, dead_inputs
-from iobs_onnx.layer import Solution, newton_step, solve_stacked
-from iobs_onnx.passes import Codes, why_not_integers
+from iobs_onnx.errors import IobsError
+from iobs_onnx.hessian import Hessian, combine, dead_inputs
+from iobs_onnx.layer import Solution, solve_stacked
+from iobs_onnx.passes import Codes, Surroundings, why_not_integers
+from iobs_onnx.pruning.aim import Stored, Tensors, aim, centred, compensated_bias, matrices
+from iobs_onnx.pruning.records import Measurements, SolvedSite
 from iobs_onnx.pruning.rounding import round_site
-from iobs_onnx.report.record import SiteReport
-from iobs_onnx.site import Site
+from iobs_onnx.pruning.stages import Proposal, Work
+from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import make_solver
-
-Stored = NDArray[np.generic]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One site as it is handed to the solver.
-
-    Attributes:
-        dense: its stored tensor in the dense model.
-        start: that from which the step starts; `dense` itself in a first round.
-        bias: the stored bias in the dense model; None where none is to be compensated.
-        residual: `(r_d − r_s)ᵀx_s / n`, `(1, out, in)`, of the stream its output is added to.
-    """
-
-    dense: Stored
-    start: Stored
-    bias: Stored | None = None
-    residual: Cross | None = None
+from iobs_onnx.solvers.quadratic import squared_norm
+from iobs_onnx.sparsity import Pattern
 
 
 @dataclass(frozen=True)
-class Solved:
-    """What one site became.
-
-    Attributes:
-        stored: its sparse tensor.
-        bias: its new bias, None if it stays.
-        report: its line of the report.
-        codes: the integers that `stored` is to be written as, None for none.
-    """
-
-    stored: Stored
-    bias: Stored | None
-    report: SiteReport
-    codes: Codes | None = None
-
-
-def solve_sites(
-    layers: Mapping[Site, Layer], hessian: Hessian, config: PruneConfig, device: torch.device
-) -> dict[Site, Solved]:
-    """Solve sites that share one Hessian, stacked, so that it is factorised once.
+class Solve:
+    """Solves sites; those that read the same taps are stacked, and share one factorisation.
 
     Each aims at `f(W) = ½ E‖W_dense x_d + (r_d − r_s) − W x_s‖²`, with the residual where the
-    layer has one. With bias compensation `b` the bias takes over that fraction of the mean error,
-    and the rest is solved with `H − b μμᵀ`, μ the mean of `x_s`.
-
-    Raises:
-        IobsError: as the solver raises it, with the name of the first site.
+    output is added to a stream. With bias compensation `b` the bias takes over that fraction of
+    the mean error, and the rest is solved with `H − b μμᵀ`, μ the mean of `x_s`. Under `quantize`
+    what is kept is rounded. Sites that no row reached are left out.
     """
-    try:
-        return _solve_sites(layers, hessian, config, device)
-    except IobsError as error:
-        raise type(error)(f"site {next(iter(layers)).name!r}: {error}") from error
+
+    name: str = "solve"
+
+    def run(self, work: Work, advance: Callable[[], None]) -> Proposal:
+        """Solve the segment's sites."""
+        together: dict[tuple[tuple[Tap, ...], Pattern], list[Site]] = defaultdict(list)
+        for site in work.segment.sites:
+            together[site.taps, work.run.patterns[site]].append(site)
+        solved: dict[Site, SolvedSite] = {}
+        for (taps, pattern), members in together.items():
+            for _ in members:
+                advance()
+            if not (reached := [work.hessians[tap] for tap in taps if tap in work.hessians]):
+                continue  # they are in a body that never ran
+            tensors = {site: _tensors(site, work) for site in members}
+            problem = _Stacked(tensors, combine(reached), pattern, work.run.config)
+            try:
+                solved |= problem.solved(work.run.device)
+            except IobsError as error:
+                raise type(error)(f"site {members[0].name!r}: {error}") from error
+        return Proposal(solved)
 
 
-def _solve_sites(
-    layers: Mapping[Site, Layer], hessian: Hessian, config: PruneConfig, device: torch.device
-) -> dict[Site, Solved]:
-    # A mean can be left to biases only where every site of the tap has one.
-    biased = all(layer.bias is not None for layer in layers.values())
-    biased = biased and config.sparsity.density < 1.0
-    centred = _centred(hessian, config.bias_compensation if biased else 0.0)
-    dense = [_matrices(site, layer.dense, device) for site, layer in layers.items()]
-    aims = [
-        _aim(weight, site, layer, centred, config, device)
-        for weight, (site, layer) in zip(dense, layers.items(), strict=True)
-    ]
-
-    def solve(solver: str, preset: str | None = None) -> list[list[Solution[torch.Tensor]]]:
-        by_group = [
-            solve_stacked(
-                [aim[group] for aim in aims],
-                matrix,
-                pattern=config.sparsity,
-                solver=make_solver(solver, preset),
-                damping=config.damping,
-            )
-            for group, matrix in enumerate(centred.matrix)
-        ]
-        return [list(groups) for groups in zip(*by_group, strict=True)]
-
-    started = time.perf_counter()
-    solutions = solve(config.solver, config.preset)
-    seconds = time.perf_counter() - started
-    baseline = solve(config.compare) if config.compare else [None] * len(layers)
-    outputs = sum(site.out_features for site in layers)
-    result = {}
-    for (site, layer), weight, aim, groups, other in zip(
-        layers.items(), dense, aims, solutions, baseline, strict=True
-    ):
-        solved = torch.stack([solution.weight for solution in groups])
-        # Float64 weights would come back rounded where nothing was asked of them.
-        whole = config.sparsity.density == 1.0
-        stored = layer.dense if whole else site.to_stored(solved.cpu().numpy(), layer.dense.dtype)
-        energy = _quadratic(weight, hessian)
-        codes, nearest_error = None, None
-        if config.quantize is not None and why_not_integers(site) is None:
-            codes, nearest = round_site(
-                site, groups, aim, centred, config.damping, layer.dense.dtype
-            )
-            stored = codes.dequantized()
-            lost = _quadratic(_matrices(site, nearest.dequantized(), device) - aim, centred)
-            nearest_error = lost / energy if energy > 0 else 0.0
-        sparse = _matrices(site, stored, device)  # as it is read: rounded to the stored type
-        excess = _quadratic(sparse - aim, centred)
-        compared = None if other is None else sum(solution.excess for solution in other)
-        report = SiteReport.of(
-            site,
-            sparse.cpu().numpy(),
-            pattern=config.sparsity,
-            layer_error=excess / energy if energy > 0 else 0.0,
-            output_bound=math.sqrt(excess),
-            compared_error=None if compared is None else compared / energy if energy > 0 else 0.0,
-            quantized=None if config.quantize is None else why_not_integers(site) or "int8",
-            nearest_error=nearest_error,
-            bias_compensated=biased and config.bias_compensation > 0,
-            rows=hessian.rows,
-            dead_inputs=int(dead_inputs(hessian.matrix).sum()),
-            seconds=seconds * site.out_features / outputs,
-        )
-        bias = _bias(weight, sparse, layer, hessian, config) if biased else None
-        result[site] = Solved(stored, bias, report, codes)
-    return result
-
-
-def _matrices(site: Site, stored: Stored, device: torch.device) -> torch.Tensor:
-    if not np.isfinite(stored.astype(np.float32)).all():
-        raise ModelError(f"weight {site.initializer!r} holds NaN or Inf")
-    return torch.from_numpy(site.to_matrices(stored)).to(device)
-
-
-def _centred(hessian: Hessian, share: float) -> Hessian:
-    """Take `share` of the product of means out of all second moments."""
-    if share == 0.0:
-        return hessian
-    mean = hessian.mean
-    drift = hessian.drift
-    return Hessian(
-        hessian.matrix - share * _outer(mean, mean),
-        hessian.rows,
-        mean,
-        None
-        if drift is None
-        else Cross(drift.matrix - share * _outer(drift.mean, mean), drift.mean),
+def _tensors(site: Site, work: Work) -> Tensors:
+    dense = work.stored[site.initializer].tensor.numpy()
+    before = work.start.get(site)
+    around = work.surroundings.get(site, Surroundings())
+    beside = work.segment.beside.get(site)
+    return Tensors(
+        dense,
+        dense if before is None else before.weight.numpy(),
+        None if around.bias is None else work.stored[around.bias].tensor.numpy(),
+        None if beside is None else work.residuals.get((site.taps[-1], beside)),
     )
 
 
-def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left.unsqueeze(-1) * right.unsqueeze(-2)
+@dataclass(frozen=True)
+class _Stacked:
+    """Sites that share one Hessian and one pattern."""
+
+    tensors: Mapping[Site, Tensors]
+    hessian: Hessian
+    pattern: Pattern
+    config: PruneConfig
+
+    @property
+    def whole(self) -> bool:
+        """Whether the pattern keeps every weight."""
+        return self.pattern.density == 1.0
+
+    @property
+    def biased(self) -> bool:
+        """Whether a mean is left to biases: only where every site of the tap has one."""
+        return not self.whole and all(item.bias is not None for item in self.tensors.values())
+
+    def solved(self, device: torch.device) -> dict[Site, SolvedSite]:
+        """Aim, solve, round, measure, and move the biases."""
+        config = self.config
+        moments = centred(self.hessian, config.bias_compensation if self.biased else 0.0)
+        dense = [matrices(site, item.dense, device) for site, item in self.tensors.items()]
+        aims = [
+            aim(weight, site, item, moments, config, whole=self.whole)
+            for weight, (site, item) in zip(dense, self.tensors.items(), strict=True)
+        ]
+        started = time.perf_counter()
+        solutions = self._solve(aims, moments, config.solver, config.preset)
+        seconds = time.perf_counter() - started
+        other = self._solve(aims, moments, config.compare) if config.compare else None
+        outputs = sum(site.out_features for site in self.tensors)
+        result = {}
+        for index, site in enumerate(self.tensors):
+            stored, codes, nearest = self._stored(site, solutions[index], aims[index], moments)
+
+            def excess(array: Stored, index: int = index, site: Site = site) -> float:
+                return squared_norm(matrices(site, array, device) - aims[index], moments.matrix)
+
+            measured = Measurements(
+                pattern=str(self.pattern),
+                excess=excess(stored),
+                energy=squared_norm(dense[index], self.hessian.matrix),
+                compared=sum(s.excess for s in other[index]) if other else None,
+                quantized=None if config.quantize is None else why_not_integers(site) or "int8",
+                nearest=None if nearest is None else excess(nearest),
+                bias_compensated=self.biased and config.bias_compensation > 0,
+                rows=self.hessian.rows,
+                dead_inputs=int(dead_inputs(self.hessian.matrix).sum()),
+                seconds=seconds * site.out_features / outputs,
+            )
+            bias = self._bias(site, dense[index], matrices(site, stored, device))
+            result[site] = SolvedSite(_tensor(stored), bias, codes, measured)
+        return result
+
+    def _bias(
+        self, site: Site, dense: torch.Tensor, sparse: torch.Tensor
+    ) -> ir.TensorProtocol | None:
+        if not self.biased:
+            return None
+        found = compensated_bias(dense, sparse, self.tensors[site], self.hessian, self.config)
+        return None if found is None else _tensor(found)
+
+    def _solve(
+        self, aims: Sequence[torch.Tensor], hessian: Hessian, solver: str, preset: str | None = None
+    ) -> list[list[Solution[torch.Tensor]]]:
+        """Return the solutions of each site, one a group."""
+        by_group = [
+            solve_stacked(
+                [weight[group] for weight in aims],
+                matrix,
+                pattern=self.pattern,
+                solver=make_solver(solver, preset),
+                damping=self.config.damping,
+            )
+            for group, matrix in enumerate(hessian.matrix)
+        ]
+        return [list(groups) for groups in zip(*by_group, strict=True)]
+
+    def _stored(
+        self,
+        site: Site,
+        groups: Sequence[Solution[torch.Tensor]],
+        wanted: torch.Tensor,
+        hessian: Hessian,
+    ) -> tuple[Stored, Codes | None, Stored | None]:
+        """Return the tensor to store, its integers, and what plain rounding would have stored."""
+        dense = self.tensors[site].dense
+        if self.config.quantize is not None and why_not_integers(site) is None:
+            codes, nearest = round_site(
+                site, groups, wanted, hessian, self.config.damping, dense.dtype
+            )
+            return codes.dequantized(), codes, nearest.dequantized()
+        if self.whole:
+            # Float64 weights would come back rounded where nothing was asked of them.
+            return dense, None, None
+        solved = torch.stack([solution.weight for solution in groups])
+        return site.to_stored(solved.cpu().numpy(), dense.dtype), None, None
 
 
-def _aim(
-    dense: torch.Tensor,
-    site: Site,
-    layer: Layer,
-    hessian: Hessian,
-    config: PruneConfig,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return what the site's weight would be without a pattern, `(groups, out, in)`."""
-    first = layer.start is layer.dense
-    nothing_moved = first and hessian.drift is None and layer.residual is None
-    # Without a pattern there is nothing to make up for but the rounding between two runs.
-    if nothing_moved or config.sparsity.density == 1.0:
-        return dense
-    start = dense if first else _matrices(site, layer.start, device)
-    gradient = (start - dense) @ hessian.matrix
-    if hessian.drift is not None:
-        gradient -= dense @ hessian.drift.matrix
-    if layer.residual is not None:
-        share = config.bias_compensation if layer.bias is not None else 0.0
-        outer = _outer(layer.residual.mean, hessian.mean)
-        gradient -= layer.residual.matrix - share * outer
-    steps = [
-        newton_step(*matrices, damping=config.damping, learning_rate=config.learning_rate)
-        for matrices in zip(start, gradient, hessian.matrix, strict=True)
-    ]
-    return torch.stack(steps)
-
-
-def _bias(
-    dense: torch.Tensor,
-    sparse: torch.Tensor,
-    layer: Layer,
-    hessian: Hessian,
-    config: PruneConfig,
-) -> Stored | None:
-    """Return the bias that makes up for the given share of the mean error of the output."""
-    if layer.bias is None or config.bias_compensation == 0.0:
-        return None
-    mean = torch.zeros_like(hessian.mean[0])
-    if hessian.drift is not None:
-        mean = hessian.drift.mean[0]
-    gain = dense[0] @ mean
-    if layer.residual is not None:
-        gain = gain + layer.residual.mean[0]
-    missing = config.learning_rate * gain + (dense[0] - sparse[0]) @ hessian.mean[0]
-    shift = (config.bias_compensation * missing).cpu().numpy()
-    moved = layer.bias.astype(np.float32) + shift.reshape(layer.bias.shape)
-    return moved.astype(layer.bias.dtype)
-
-
-def _quadratic(weight: torch.Tensor, hessian: Hessian) -> float:
-    """Return `tr(W H Wᵀ)` over all groups."""
-    value = float(((weight @ hessian.matrix) * weight).sum(dtype=torch.float64))
-    return max(value, 0.0)
+def _tensor(array: Stored) -> ir.TensorProtocol:
+    return ir.Tensor(np.ascontiguousarray(array))

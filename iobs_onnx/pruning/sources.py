@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,38 @@ from iobs_onnx.runtime import (
 )
 from iobs_onnx.runtime.data.random_numbers import WARNING
 
-_KINDS = ("text", "images", "audio")
-# Data that are made, not given.
-_MADE = ("random", "self")
-# What each of the other options is an option of.
-_BELONG = {
-    "tokenizer": ("text",),
-    "pack": ("text",),
-    "preprocess": ("images", "audio"),
-    "sequence_length": ("text", "audio", "calibration random", "calibration self"),
-    "start_token": ("calibration self",),
-}
-
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the samples of a run are opened by.
+
+    Attributes:
+        config: the options.
+        model: whose vocabulary bounds random tokens, and that writes its own text.
+        path: the model as it was given.
+        inputs: of the model.
+    """
+
+    config: PruneConfig
+    model: ir.Model
+    path: Any
+    inputs: Sequence[InputSpec]
+
+    def beside(self, name: str, option: str) -> str:
+        """Return a file in the model's folder, or in the one above, where Optimum keeps it.
+
+        Raises:
+            OptionError: there is none.
+        """
+        if isinstance(self.path, str | os.PathLike):
+            folder = Path(self.path).resolve().parent
+            for candidate in (folder / name, folder.parent / name):
+                if candidate.is_file():
+                    return str(candidate)
+        flag = option.replace("_", "-")
+        raise OptionError(f"--{flag} is missing, and no {name} is beside the model")
 
 
 def calibration_sources(
@@ -62,72 +82,94 @@ def calibration_sources(
         not isinstance(item, Mapping) for item in calibration
     )
     items = calibration if several else [] if calibration is None else [calibration]
-    named = [kind for kind in _KINDS if getattr(config, kind) is not None]
+    named = [kind for kind in KINDS if getattr(config, kind, None) is not None]
     if len(named) > 1:
-        raise OptionError(f"--{named[0]} and --{named[1]}: one feed is made of one of them")
+        raise OptionError(f"--{named[0]} and --{named[1]}: give one of them only")
     given = {*named, *map(_kind, items)}
     if not given:
         raise OptionError(
             "--calibration is missing: give it, or --text, --images or --audio, as a flag or in "
             "the --config file"
         )
-    for name, kinds in _BELONG.items():
+    for name in dict.fromkeys(option for kind in KINDS.values() for option in kind.options):
+        kinds = [label for label, kind in KINDS.items() if name in kind.options]
         if getattr(config, name) not in (None, False) and not given.intersection(kinds):
             found = " and ".join(sorted(given))
             raise OptionError(f"{name}: goes with {' and '.join(kinds)}, not with {found}")
-    samples = [_samples(kind, config, path, inputs) for kind in named]
-    return [*samples, *(_opened(item, config, model, path, inputs) for item in items)]
+    request = Request(config, model, path, inputs)
+    samples: list[Any] = [KINDS[kind].open(request) for kind in named]
+    for item in items:
+        kind = KINDS.get(_kind(item))
+        samples.append(item if kind is None else kind.open(request))
+    return samples
 
 
 def _kind(item: Any) -> str:
-    made = isinstance(item, str) and item in _MADE
-    return f"calibration {item}" if made else "calibration"
+    """Return `calibration random` or `calibration self` for data that are made, not given."""
+    label = f"calibration {item}"
+    return label if isinstance(item, str) and label in KINDS else "calibration"
 
 
-def _opened(
-    item: Any, config: PruneConfig, model: ir.Model, path: Any, inputs: Sequence[InputSpec]
-) -> Any:
-    kind = _kind(item)
-    tokens = find_token_input(model)
-    if kind == "calibration random":
-        logger.warning("%s", WARNING)
-        return RandomSamples(inputs, tokens, length=config.sequence_length, seed=config.seed)
-    if kind == "calibration self":
-        if tokens is None:
-            raise DataError("calibration self: the model looks up no tokens; give data")
-        return SelfSamples(
-            open_session(path, config.provider),  # optimised, unlike one of a model in memory
-            inputs,
-            tokens[1],
-            count=config.samples,
-            length=config.sequence_length,
-            start=config.start_token,
-            seed=config.seed,
-        )
-    return item
+def _text(request: Request) -> Samples:
+    config = request.config
+    assert config.text is not None, "it is given"
+    tokenizer = config.tokenizer or request.beside("tokenizer.json", "tokenizer")
+    length, pack = config.sequence_length, config.pack
+    return TextSamples(config.text, tokenizer, request.inputs, length=length, pack=pack)
 
 
-def _samples(kind: str, config: PruneConfig, model: Any, inputs: Sequence[InputSpec]) -> Samples:
-    length = config.sequence_length
-    if kind == "text":
-        assert config.text is not None, "it is given"
-        tokenizer = config.tokenizer or _beside(model, "tokenizer.json", "tokenizer")
-        return TextSamples(config.text, tokenizer, inputs, length=length, pack=config.pack)
-    preprocess = config.preprocess or _beside(model, "preprocessor_config.json", "preprocess")
-    if kind == "images":
-        assert config.images is not None, "it is given"
-        return ImageSamples(config.images, preprocess, inputs)
+def _images(request: Request) -> Samples:
+    assert request.config.images is not None, "it is given"
+    return ImageSamples(request.config.images, _preprocess(request), request.inputs)
+
+
+def _audio(request: Request) -> Samples:
+    config = request.config
     assert config.audio is not None, "it is given"
-    rate, normalize = read_audio_config(preprocess)
-    return AudioSamples(config.audio, inputs, rate=rate, length=length, normalize=normalize)
+    rate, normalize = read_audio_config(_preprocess(request))
+    length = config.sequence_length
+    return AudioSamples(config.audio, request.inputs, rate=rate, length=length, normalize=normalize)
 
 
-def _beside(model: Any, name: str, option: str) -> str:
-    """Return a file in the model's folder, or in the one above, where Optimum keeps it."""
-    if isinstance(model, str | os.PathLike):
-        folder = Path(model).resolve().parent
-        for candidate in (folder / name, folder.parent / name):
-            if candidate.is_file():
-                return str(candidate)
-    flag = option.replace("_", "-")
-    raise OptionError(f"--{flag} is missing, and no {name} lies beside the model")
+def _preprocess(request: Request) -> str:
+    given = request.config.preprocess
+    return given or request.beside("preprocessor_config.json", "preprocess")
+
+
+def _random(request: Request) -> Samples:
+    logger.warning("%s", WARNING)
+    config, tokens = request.config, find_token_input(request.model)
+    return RandomSamples(request.inputs, tokens, length=config.sequence_length, seed=config.seed)
+
+
+def _self_written(request: Request) -> Samples:
+    config, tokens = request.config, find_token_input(request.model)
+    if tokens is None:
+        raise DataError("calibration self: the model looks up no tokens; give data")
+    return SelfSamples(
+        open_session(request.path, config.provider),  # optimised, unlike one of a model in memory
+        request.inputs,
+        tokens[1],
+        count=config.samples,
+        length=config.sequence_length,
+        start=config.start_token,
+        seed=config.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of samples: what opens them, and the options that go with them."""
+
+    open: Callable[[Request], Samples]
+    options: tuple[str, ...]
+
+
+# The options that name data, and the data that `--calibration` names by a word.
+KINDS = {
+    "text": Kind(_text, ("tokenizer", "pack", "sequence_length")),
+    "images": Kind(_images, ("preprocess",)),
+    "audio": Kind(_audio, ("preprocess", "sequence_length")),
+    "calibration random": Kind(_random, ("sequence_length",)),
+    "calibration self": Kind(_self_written, ("sequence_length", "start_token")),
+}

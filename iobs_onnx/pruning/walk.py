@@ -1,240 +1,188 @@
-"""One walk through a model: segment by segment, measure, solve, rewrite, go on."""
+"""One walk through a model: segment by segment, measure, let the stages work, go on."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
-import torch
 
-from iobs_onnx.config import PruneConfig
-from iobs_onnx.engine import Place
-from iobs_onnx.hessian import Cross, Hessian, combine
-from iobs_onnx.memory import give_back
+from iobs_onnx.hessian import Cross, Hessian
 from iobs_onnx.passes import (
     Segment,
-    Slot,
     Surroundings,
-    release,
-    rewrite,
-    rewrite_biases,
+    find_surroundings,
+    find_token_input,
+    partition,
+    prepare,
     stored_slots,
 )
-from iobs_onnx.pruning.checkpoint import Finished, Shelf
+from iobs_onnx.pruning.checkpoint import Checkpoint
+from iobs_onnx.pruning.executor import Executor
 from iobs_onnx.pruning.forgetting import Recall
-from iobs_onnx.pruning.solve import Layer, Solved, solve_sites
-from iobs_onnx.runtime import Batch, Feed, Stream, calibrate
+from iobs_onnx.pruning.records import Facts, Run, SolvedSite
+from iobs_onnx.pruning.stages import SegmentStage, Work
 from iobs_onnx.site import Site, Tap
-from iobs_onnx.sparsity import Pattern
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the feeds turned out to be.
+class Route:
+    """How every walk goes through a model.
 
     Attributes:
-        batches: how many there were.
-        padding_excluded: whether rows were left out as padding.
-        padding_kept: labels of taps that count padding, because their shape hides it.
+        model: the dense model with every value that taps read; never written.
+        segments: of it, first to last.
+        surroundings: of every site: the biases that may be moved, and the streams that outputs
+            are added to.
+        tokens: the input that looks up tokens and their number, where random ones are mixed in.
     """
 
-    batches: int = 0
-    padding_excluded: bool = False
-    padding_kept: list[str] = field(default_factory=list)
+    model: ir.Model
+    segments: Sequence[Segment]
+    surroundings: Mapping[Site, Surroundings]
+    tokens: tuple[str, int] | None
 
-    def joined(self, other: Facts) -> Facts:
-        """Return what holds of two segments that read the same feeds."""
-        return Facts(
-            max(self.batches, other.batches),
-            self.padding_excluded or other.padding_excluded,
-            list(dict.fromkeys([*self.padding_kept, *other.padding_kept])),
+    @classmethod
+    def of(cls, run: Run) -> Route:
+        """Find the route of a run."""
+        config = run.config
+        around = find_surroundings(run.dense, run.sites)
+        model = prepare(run.dense, run.sites)
+        streams = {s: found.residual for s, found in around.items() if found.residual is not None}
+        segments = partition(
+            model,
+            run.sites,
+            beside=streams if config.residual and config.target == "dense" else {},
+            sequential=config.sequential,
+            budget=run.engine.budget,
         )
+        tokens = find_token_input(run.dense) if config.random_tokens else None
+        return cls(model, segments, around, tokens)
 
 
-@dataclass
-class Walk:
-    """Prunes `sparse`, in place, towards `dense`; both have the same graph.
-
-    The dense model's values run in one stream, those of the model as pruned so far in another
-    that holds only what differs. Without the dense target there is one stream, of the model as
-    pruned so far (or, one-shot, before it is pruned).
+@dataclass(frozen=True)
+class Walked:
+    """What one walk came to.
 
     Attributes:
-        dense: the target.
-        sparse: the weights to step from; its sites are rewritten segment by segment.
-        config: the options.
-        place: where segments run.
-        device: where Hessians are summed and sites solved.
-        advance: called after every batch that is measured and every site that is solved.
-        shelf: takes what is solved, and gives back what a run that was cut off had solved.
-        number: of the round, from 1; later ones find `sparse` pruned already.
-        surroundings: the biases that may be moved, and the streams that outputs are added to.
-        patterns: of every site.
-        seconds: spent on measuring and on solving.
-        facts: about the feeds, complete after the walk.
+        sites: what each became, but for those that no row reached.
+        facts: about the feeds.
+        seconds: spent on measuring (`calibrate`) and in each stage, by name.
     """
 
-    dense: ir.Model
-    sparse: ir.Model
-    config: PruneConfig
-    place: Place
-    device: torch.device
-    advance: Callable[[], None]
-    shelf: Shelf
-    number: int
-    surroundings: Mapping[Site, Surroundings] = field(default_factory=dict)
-    patterns: Mapping[Site, Pattern] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"calibrate": 0.0, "solve": 0.0})
-    facts: Facts = field(default_factory=Facts)
-    _hessians: dict[Tap, Hessian] = field(default_factory=dict)
-    _residuals: dict[tuple[Tap, Tap], Cross] = field(default_factory=dict)
-    _pending: set[Site] = field(default_factory=set)
+    sites: dict[Site, SolvedSite]
+    facts: Facts
+    seconds: dict[str, float]
 
-    def run(
-        self, segments: Sequence[Segment], feeds: Iterable[Feed | tuple[Feed, float]]
-    ) -> dict[Site, Finished]:
-        """Walk once; return what each site became, but for those that no row reached.
 
-        Args:
-            segments: from :func:`iobs_onnx.passes.taps.partition`.
-            feeds: read once.
-        """
-        feeds = self.shelf.digested(f"round-{self.number}", feeds)
-        stream = self.place.stream(self.dense, feeds, mask_padding=self.config.mask_padding)
-        pruned = stream.over() if self.config.target == "dense" else stream
-        finished: dict[Site, Finished] = {}
-        self._pending = {site for segment in segments for site in segment.sites}
-        for index, segment in enumerate(segments):
-            name = f"round-{self.number}-segment-{index:04d}"
-            found = self.shelf.get(name, segment.sites)
-            if found is None:
-                with self._timed("calibrate"):
-                    facts = self._measure(index, segment, segment.taps, stream, pruned)
-                with self._timed("solve"):
-                    new = self.shelf.put(name, self._solve(segment), dataclasses.asdict(facts))
-            else:
-                new, facts = found[0], Facts(**found[1])
-                self._pending -= set(segment.sites)
-                later = self._later()
-                with self._timed("calibrate"):
-                    taps = [tap for tap in segment.taps if tap in later]
-                    self._measure(index, segment, taps, stream, pruned)
-                for _ in segment.sites:
-                    self.advance()
-            self.facts = self.facts.joined(facts)
-            rewrite_sites(self.sparse, new)
-            finished |= new
+class Walk:
+    """Prunes a model towards the dense one.
+
+    Args:
+        run: what all of the run shares.
+        route: of its walks.
+        number: of the round, from 1.
+        start: what earlier rounds made of sites; the others are dense.
+        stages: what is done to each segment, in their order.
+        executor: runs the segments.
+        checkpoint: takes what stages make, and gives back what a run that was cut off had made.
+        advance: called after every batch that is measured and every site of every stage.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        route: Route,
+        number: int,
+        start: Mapping[Site, SolvedSite],
+        *,
+        stages: Sequence[SegmentStage],
+        executor: Executor,
+        checkpoint: Checkpoint,
+        advance: Callable[[], None],
+    ) -> None:
+        self._run, self._route, self._number, self._start = run, route, number, start
+        self._stages, self._executor = stages, executor
+        self._checkpoint, self._advance = checkpoint, advance
+        self._stored = stored_slots(route.model)
+        self._recall = Recall(checkpoint.folder, number, run.config.forgetting_factor)
+        self._hessians: dict[Tap, Hessian] = {}
+        self._pending = {site for segment in route.segments for site in segment.sites}
+        self._facts = Facts()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def run(self) -> Walked:
+        """Walk once."""
+        sites: dict[Site, SolvedSite] = {}
+        for index, segment in enumerate(self._route.segments):
+            new = self._pass(index, segment)
+            sites |= new
             with self._timed("calibrate"):
-                self._propagate(segment, stream, pruned)
-            release(self.dense, segment.weights)
-            release(self.sparse, segment.weights)
-            give_back()
-        return finished
+                self._executor.go_on(segment, new)
+        return Walked(sites, self._facts, dict(self._seconds))
 
-    def _again(self, segment: Segment) -> bool:
-        """Whether later segments read what this one computes with its new weights."""
-        sequential = self.config.sequential != "none"
-        return sequential and bool(segment.sites) and bool(segment.changed)
+    def _pass(self, index: int, segment: Segment) -> dict[Site, SolvedSite]:
+        """Measure a segment, and return what the stages make of its sites."""
+        names = [f"round-{self._number}-segment-{index:04d}-{s.name}" for s in self._stages]
+        held = [self._checkpoint.get(name, segment.sites) for name in names]
+        first = held[0]
+        with self._timed("calibrate"):
+            residuals, facts = self._measure(index, segment, solved=first is not None)
+        if first is not None:
+            facts = Facts(**first[1])
+        sites: dict[Site, SolvedSite] = {}
+        for stage, name, found in zip(self._stages, names, held, strict=True):
+            if found is not None:
+                for _ in segment.sites:
+                    self._advance()
+                sites |= found[0]
+                continue
+            start = {**self._start, **sites}
+            work = Work(
+                self._run,
+                segment,
+                self._hessians,
+                residuals,
+                self._route.surroundings,
+                self._stored,
+                start,
+            )
+            with self._timed(stage.name):
+                proposal = stage.run(work, self._advance)
+                taken = proposal.sites if proposal.accepted else {}
+                sites |= self._checkpoint.put(name, taken, dataclasses.asdict(facts))
+        self._facts = self._facts.joined(facts)
+        self._pending -= set(segment.sites)
+        later = {tap for site in self._pending for tap in site.taps}
+        self._hessians = {tap: kept for tap, kept in self._hessians.items() if tap in later}
+        return sites
 
     def _measure(
-        self, index: int, segment: Segment, taps: Sequence[Tap], stream: Stream, pruned: Stream
-    ) -> Facts:
-        """Collect the Hessians of taps; advance the streams that need no new weights."""
-        again = self._again(segment)
-        beside = {
-            (site.taps[-1], tap): None
-            for site, tap in segment.beside.items()
-            if site in self._pending
-        }
-        fetch = tuple(dict.fromkeys(tap.value for tap in (*taps, *(tap for _, tap in beside))))
-        alive = {*segment.alive, *segment.inputs} if again else set(segment.alive)
+        self, index: int, segment: Segment, *, solved: bool
+    ) -> tuple[Mapping[tuple[Tap, Tap], Cross], Facts]:
+        """Collect Hessians; return the residuals and what was found of the feeds.
 
-        def run(model: ir.Model, through: Stream, keep: Sequence[str]) -> Iterator[Batch]:
-            session = self.place.session(model, segment, (*fetch, *keep), through)
-            return through.run(session, fetch=fetch, keep=keep, alive=alive, device=self.device)
-
-        if pruned is stream:
-            batches, dense = run(self.sparse, stream, () if again else segment.outputs), None
-        elif self.number > 1 or pruned.holds(segment.inputs):
-            batches = run(self.sparse, pruned, () if again else segment.changed)
-            dense = run(self.dense, stream, segment.outputs)
+        Behind a segment that is solved only the taps that later ones read too are measured.
+        """
+        taps, beside = segment.taps, dict[tuple[Tap, Tap], None]()
+        if solved:
+            after = self._pending - set(segment.sites)
+            wanted = {tap for site in after for tap in site.taps}
+            taps = tuple(tap for tap in taps if tap in wanted)
         else:
-            batches, dense = run(self.dense, stream, segment.outputs), None
-        measured = calibrate(
-            taps, batches, dense, beside=beside, device=self.device, progress=self.advance
-        )
-        recall = Recall(self.shelf.folder, self.number, self.config.forgetting_factor)
-        measured = recall.joined(index, measured)
+            beside = {(site.taps[-1], tap): None for site, tap in segment.beside.items()}
+        measured = self._executor.measure(segment, taps, tuple(beside), self._advance).finish()
+        measured = self._recall.joined(index, measured)
         self._hessians |= measured.hessians
-        self._residuals = measured.residuals
         kept = [tap.label for tap in measured.padding_kept]
-        return Facts(measured.batches, measured.padding_excluded, kept)
-
-    def _propagate(self, segment: Segment, stream: Stream, pruned: Stream) -> None:
-        """Run the segment with its new weights, and drop what no later segment reads."""
-        if self._again(segment):
-            keep = segment.outputs if pruned is stream else segment.changed
-            session = self.place.session(self.sparse, segment, keep, pruned)
-            for _ in pruned.run(session, keep=keep, alive=segment.alive):
-                pass
-        stream.release(segment.alive)
-        pruned.release(segment.alive)
-
-    def _solve(self, segment: Segment) -> dict[Site, Solved]:
-        """Solve the segment's sites; those that read the same taps share one factorisation."""
-        together: dict[tuple[tuple[Tap, ...], Pattern], list[Site]] = defaultdict(list)
-        for site in segment.sites:
-            together[site.taps, self.patterns[site]].append(site)
-        dense, sparse = stored_slots(self.dense), stored_slots(self.sparse)
-        solved: dict[Site, Solved] = {}
-        for (taps, pattern), members in together.items():
-            config = dataclasses.replace(self.config, sparsity=pattern)
-            for _ in members:
-                self.advance()
-            if not (reached := [self._hessians[tap] for tap in taps if tap in self._hessians]):
-                continue  # they lie in a body that never ran
-            layers = {site: self._layer(site, segment, dense, sparse, taps[-1]) for site in members}
-            solved |= solve_sites(layers, combine(reached), config, self.device)
-        self._pending -= set(segment.sites)
-        later = self._later()
-        self._hessians = {tap: held for tap, held in self._hessians.items() if tap in later}
-        return solved
-
-    def _later(self) -> set[Tap]:
-        """Return the taps of sites that are yet to be solved."""
-        return {tap for site in self._pending for tap in site.taps}
-
-    def _layer(
-        self,
-        site: Site,
-        segment: Segment,
-        dense: Mapping[str, Slot],
-        sparse: Mapping[str, Slot],
-        tap: Tap,
-    ) -> Layer:
-        target, start = dense[site.initializer].tensor, sparse[site.initializer].tensor
-        around = self.surroundings.get(site, Surroundings())
-        array = target.numpy()
-        return Layer(
-            array,
-            array if start is target else start.numpy(),
-            None if around.bias is None else dense[around.bias].tensor.numpy(),
-            self._residuals.get((tap, segment.beside[site])) if site in segment.beside else None,
-        )
+        return measured.residuals, Facts(measured.batches, measured.padding_excluded, kept)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[what] += time.perf_counter() - started
-
-
-def rewrite_sites(model: ir.Model, finished: Mapping[Site, Finished]) -> None:
-    """Put solved weights, and the biases that were moved, into a model, in place."""
-    rewrite(model, {site.initializer: item.weight for site, item in finished.items()})
-    rewrite_biases(model, {s: item.bias for s, item in finished.items() if item.bias is not None})
+        self._seconds[what] += time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx_ir as ir
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import CheckError, ModelError, OptionError
 from iobs_onnx.passes import (
+    bring_into_memory,
     check_model,
     deployment_warnings,
     engines_2_4,
@@ -27,6 +29,9 @@ from iobs_onnx.passes import (
     store_sparsely,
     trtexec_command,
 )
+from iobs_onnx.pruning.records import Run, with_sites
+from iobs_onnx.pruning.rounding import store_quantized
+from iobs_onnx.pruning.stages import Pruned
 from iobs_onnx.runtime import Feed, available_providers, open_session
 from iobs_onnx.site import Site
 from iobs_onnx.sparsity import Pattern
@@ -41,7 +46,7 @@ def require_form(model: ir.Model, output: str | os.PathLike[str] | None, form: s
     if output is not None:
         require_output(model, output)
     elif form == "mask":
-        raise OptionError("emit mask: the masks lie beside the model; give an output")
+        raise OptionError("emit mask: the masks go beside the model; give an output")
 
 
 def describe_file(path: Any) -> dict[str, Any]:
@@ -57,19 +62,57 @@ def describe_file(path: Any) -> dict[str, Any]:
     }
 
 
-def set_form(model: ir.Model, sites: Sequence[Site], config: PruneConfig) -> dict[str, Any]:
-    """Give the pruned tensors the form that `emit` asks for, in place.
+@dataclass(frozen=True)
+class Written:
+    """A pruned model in its place.
 
-    Returns:
-        For the report: the `form`, and which tensors stay dense and why.
+    Attributes:
+        model: the sparse model, in the form that was asked for.
+        output, deployment: of `report.json`.
+        checker: what onnx.checker says.
     """
-    left: dict[str, str] = {}
-    if config.emit == "sparse-initializer":
-        left = store_sparsely(model, sites)
-    return {"form": config.emit, "left_dense": left}
+
+    model: ir.Model
+    output: dict[str, Any]
+    deployment: dict[str, Any]
+    checker: str
 
 
-def write(
+def write_pruned(
+    run: Run,
+    pruned: Pruned,
+    source: Any,
+    output: str | os.PathLike[str] | None,
+) -> Written:
+    """Put solved sites into the model, in the form that was asked for, and write it.
+
+    Args:
+        run: names the form.
+        pruned: the sites that are sparse, and what else changed.
+        source: the model as it was given.
+        output: its file; without one the model stays in memory, and is only checked.
+
+    Raises:
+        CheckError: what would be written does not hold what it promises.
+    """
+    config = run.config
+    solved = pruned.sites
+    sparse = with_sites(run.dense, solved, pruned.tensors)
+    if output is None:
+        bring_into_memory(sparse)
+    left = store_sparsely(sparse, list(solved)) if config.emit == "sparse-initializer" else {}
+    held = [run.patterns[site] for site in solved]
+    sites = store_quantized(sparse, {site: item.codes for site, item in solved.items()}, held)
+    written, checker = _write(sparse, source, sites, output, config, run.engine.folder)
+    return Written(
+        sparse,
+        {**written, "form": config.emit, "left_dense": left},
+        _describe_deployment(sparse, sites, held, output, run.data.held_out, config),
+        checker,
+    )
+
+
+def _write(
     model: ir.Model,
     dense: Any,
     sites: Sequence[Site],
@@ -118,7 +161,7 @@ def _checked(file: Path, dense: Any) -> str:
     return "passed"
 
 
-def describe_deployment(
+def _describe_deployment(
     model: ir.Model,
     sites: Sequence[Site],
     patterns: Iterable[Pattern],

@@ -16,107 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import OptionError
-from iobs_onnx.inspection import describe, describe_declined
-from iobs_onnx.passes import achieved_sparsity
-from iobs_onnx.report.mask_picture import MaskPicture
+from iobs_onnx.inspection import describe_declined
+from iobs_onnx.passes import replacing
 from iobs_onnx.report.schema import SCHEMA_VERSION
+from iobs_onnx.report.site_report import SiteReport
+from iobs_onnx.report.totals import too_few_rows, totals_of
 from iobs_onnx.runtime import Data, OutputFidelity, Samples
-from iobs_onnx.site import Declined, Site
-from iobs_onnx.sparsity import Pattern
+from iobs_onnx.site import Declined
 
-# Below this the smallest eigenvalues of a Hessian are those of the sample, not of the data.
-_ROWS_PER_INPUT = 4
 _PACKAGES = ("iobs-onnx", "onnx", "onnx-ir", "torch", "numpy")
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """One pruned site; the fields that `inspect` shows, and what pruning did to it.
-
-    Attributes:
-        pattern: as text.
-        sparsity: fraction of weights that are zero.
-        layer_error: `tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)` on the calibration data, `ΔW` the distance from
-            the aim; what a compensated bias takes over does not count.
-        output_bound: `√tr(ΔW H ΔWᵀ)`, the root mean square change of the output vector.
-        quantized: `int8`, or why it was not; None where it was not asked for.
-        nearest_error: `layer_error`, had each kept weight been rounded to the nearest instead.
-        bias_compensated: whether the bias was moved to make up for the mean error.
-        compared_error: the same for the solver named by `compare`, None if none was.
-        error_ratio: `layer_error / compared_error`.
-        rows: tokens or patches in the Hessian.
-        dead_inputs: inputs that were zero in every row.
-        seconds: share of the time to solve the sites that were solved together.
-        mask: a small picture of which weights are kept.
-    """
-
-    name: str
-    nodes: list[str]
-    op_type: str
-    initializer: str
-    shape: list[int]
-    dtype: str
-    axis: int
-    groups: int
-    out_features: int
-    in_features: int
-    taps: list[str]
-    eligible_2_4: bool
-    eligibility_rule: str
-    engines: list[dict[str, Any]]
-    pattern: str
-    sparsity: float
-    layer_error: float
-    output_bound: float
-    quantized: str | None
-    nearest_error: float | None
-    bias_compensated: bool
-    compared_error: float | None
-    error_ratio: float | None
-    rows: int
-    dead_inputs: int
-    seconds: float
-    mask: MaskPicture
-
-    @classmethod
-    def of(
-        cls,
-        site: Site,
-        weight: NDArray[np.float32],
-        *,
-        pattern: Pattern,
-        layer_error: float,
-        output_bound: float,
-        quantized: str | None = None,
-        nearest_error: float | None = None,
-        bias_compensated: bool,
-        compared_error: float | None,
-        rows: int,
-        dead_inputs: int,
-        seconds: float,
-    ) -> SiteReport:
-        """Describe a solved site; `weight` holds the numbers that its stored tensor stands for."""
-        return cls(
-            **describe(site),
-            pattern=str(pattern),
-            sparsity=achieved_sparsity(weight),
-            layer_error=layer_error,
-            output_bound=output_bound,
-            quantized=quantized,
-            nearest_error=nearest_error,
-            bias_compensated=bias_compensated,
-            compared_error=compared_error,
-            error_ratio=layer_error / compared_error if compared_error else None,
-            rows=rows,
-            dead_inputs=dead_inputs,
-            seconds=seconds,
-            mask=MaskPicture.of(weight),
-        )
 
 
 @dataclass(frozen=True)
@@ -204,6 +114,7 @@ class PruneReport:
     permutations: list[dict[str, Any]]
     allocation: list[dict[str, Any]]
     rounds: list[Round]
+    distillation: dict[str, Any] | None
     verification: list[OutputFidelity]
     seconds: dict[str, float]
 
@@ -226,9 +137,8 @@ class PruneReport:
         page = render_report(json.loads(self.to_json()))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(".report.json.part")
-            beside.write_text(self.to_json() + "\n", encoding="utf-8")
-            os.replace(beside, path)
+            with replacing(path) as file:
+                file.write_text(self.to_json() + "\n", encoding="utf-8")
         except OSError as error:
             raise OptionError(f"report {path}: cannot be written ({error.strerror})") from error
         write_page(path.with_name("report.html"), page)
@@ -244,7 +154,7 @@ def require_report_dir(folder: str | os.PathLike[str]) -> None:
     path = Path(folder).absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir():
-        raise OptionError(f"report_dir {folder}: {existing} is no folder; choose another")
+        raise OptionError(f"report_dir {folder}: {existing} is not a folder; choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OptionError(f"report_dir {folder}: {existing} cannot be written; choose another")
     for name in ("report.json", "report.html"):
@@ -265,6 +175,7 @@ def build_report(
     permutations: Sequence[Mapping[str, Any]],
     allocation: Sequence[Mapping[str, Any]],
     rounds: Sequence[Round],
+    distillation: Mapping[str, Any] | None,
     fidelity: Sequence[OutputFidelity],
     seconds: Mapping[str, float],
 ) -> PruneReport:
@@ -278,58 +189,19 @@ def build_report(
         runtime=dict(runtime),
         options=config.as_dict(),
         calibration=dataclasses.replace(
-            calibration, notes=[*calibration.notes, *_too_few_rows(sites)]
+            calibration, notes=[*calibration.notes, *too_few_rows(sites)]
         ),
         sites=list(sites),
         declined=[describe_declined(item) for item in declined],
-        totals=_totals(sites, declined),
+        totals=totals_of(sites, len(declined)),
         deployment=dict(deployment),
         permutations=[dict(item) for item in permutations],
         allocation=[dict(item) for item in allocation],
         rounds=list(rounds),
+        distillation=None if distillation is None else dict(distillation),
         verification=list(fidelity),
         seconds=dict(seconds),
     )
-
-
-def _too_few_rows(sites: Sequence[SiteReport]) -> list[str]:
-    """Say which Hessians rest on too few rows to trust: they fit noise of the calibration data."""
-    few = [site for site in sites if site.rows < _ROWS_PER_INPUT * site.in_features]
-    if not few:
-        return []
-    worst = min(few, key=lambda site: site.rows / site.in_features)
-    return [
-        f"{len(few)} of {len(sites)} sites saw fewer than {_ROWS_PER_INPUT} rows (tokens, patches) "
-        f"an input, the least {worst.name!r}: {worst.rows} rows for {worst.in_features} inputs; "
-        "calibrate on more samples"
-    ]
-
-
-def _totals(sites: Sequence[SiteReport], declined: Sequence[Declined]) -> dict[str, Any]:
-    weights = {site.initializer: math.prod(site.shape) for site in sites}
-    zeros = sum(round(site.sparsity * math.prod(site.shape)) for site in sites)
-    return {
-        "sites": len(sites),
-        "declined": len(declined),
-        "eligible_2_4": sum(site.eligible_2_4 for site in sites),
-        "weights": sum(weights.values()),
-        "zeros": zeros,
-        "sparsity": zeros / sum(weights.values()),
-        "layer_error_geomean": geomean([site.layer_error for site in sites]),
-        "nearest_error_geomean": geomean(
-            [site.nearest_error for site in sites if site.nearest_error is not None]
-        ),
-        "error_ratio_geomean": geomean(
-            [site.error_ratio for site in sites if site.error_ratio is not None]
-        ),
-    }
-
-
-def geomean(values: Sequence[float]) -> float | None:
-    """Geometric mean; None for no values, 0 where one is 0."""
-    if not values:
-        return None
-    return math.exp(math.fsum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
 
 
 def _json_safe(value: Any) -> Any:

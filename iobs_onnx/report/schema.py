@@ -46,5 +46,5 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     for name, kind in _PARTS.items():
         if not isinstance(report.get(name), kind):
-            raise OptionError(f"report {path}: {name!r} is missing or no {kind.__name__}")
+            raise OptionError(f"report {path}: {name!r} is missing or not of type {kind.__name__}")
     return dict(report)

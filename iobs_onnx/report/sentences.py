@@ -5,18 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from iobs_onnx.report.record import geomean
+from iobs_onnx.report.totals import geomean
 
 Report = Mapping[str, Any]
 
 
 def outcome(report: Report) -> list[str]:
-    """Return a sentence each on rounding, sizes and the order of channels, where there is one.
+    """Return a sentence each on distillation, rounding, sizes and the order of channels.
+
+    There is none where there is nothing to say.
 
     Args:
         report: the content of `report.json`.
     """
-    return [*_rounding(report), *_sizes(report), *_order(report)]
+    return [*_distillation(report), *_rounding(report), *_sizes(report), *_order(report)]
+
+
+def _distillation(report: Report) -> list[str]:
+    found = report.get("distillation")
+    if found is None:
+        return []
+    lines = [
+        f"distilled for {found['steps']} steps: held-out loss {found['before']:.4g} before, "
+        f"{found['after']:.4g} after"
+        + ("" if found["accepted"] else "; not taken, the weights are those of pruning")
+    ]
+    return [*lines, *found["notes"]]
 
 
 def _rounding(report: Report) -> list[str]:

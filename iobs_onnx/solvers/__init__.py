@@ -4,11 +4,12 @@ from iobs_onnx.errors import OptionError
 from iobs_onnx.solvers.alps import ALPS
 from iobs_onnx.solvers.cbs import CBS
 from iobs_onnx.solvers.ebd import EBD
-from iobs_onnx.solvers.iobs import IOBS, PRESETS
+from iobs_onnx.solvers.iobs import IOBS
 from iobs_onnx.solvers.lobs import LOBS
 from iobs_onnx.solvers.magnitude import Magnitude
 from iobs_onnx.solvers.obd import OBD
 from iobs_onnx.solvers.obs import OBS
+from iobs_onnx.solvers.presets import PRESETS
 from iobs_onnx.solvers.problem import Problem, Solver, Sparse
 from iobs_onnx.solvers.sparsegpt import SparseGPT
 from iobs_onnx.solvers.wanda import Wanda

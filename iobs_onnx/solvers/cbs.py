@@ -17,16 +17,17 @@ Another in Neural Networks", ICML 2022, algorithm 1. Differences:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-import iobs_onnx.solvers as solvers  # noqa: PLR0402 - nothing imports from the root
 from iobs_onnx.solvers.allocate import allocate
 from iobs_onnx.solvers.exhaustive import all_supports, exhaustive
 from iobs_onnx.solvers.problem import Problem, Solver, Sparse
-from iobs_onnx.solvers.refit import refit
+from iobs_onnx.solvers.quadratic import quadratic
+from iobs_onnx.solvers.refit import refitted
+from iobs_onnx.solvers.sparsegpt import SparseGPT
 from iobs_onnx.solvers.tableau import Tableaux, rows_at_once
 from iobs_onnx.sparsity import NM
 
@@ -39,7 +40,7 @@ class CBS:
     take 128 MiB.
 
     Attributes:
-        start: name or instance of the solver whose support is improved.
+        start: the solver whose support is improved.
         swaps: most swaps of each row.
         tenure: swaps for which a weight that moved stays where it is. 0: only swaps that
             lower the error by more than `gain` are made, and a row ends when there is none.
@@ -51,7 +52,7 @@ class CBS:
         tolerance: relative gradient on the support at which the refit ends.
     """
 
-    start: str | Solver = "sparsegpt"
+    start: Solver = field(default_factory=SparseGPT)
     swaps: int = 96
     tenure: int = 10
     gain: float = 1e-4
@@ -64,10 +65,10 @@ class CBS:
         """Return the improved support and the optimal weights on it."""
         supports = all_supports(problem.pattern, problem.weight.shape[1], self.tiny)
         if supports is not None:
-            return self._refit(problem, exhaustive(problem, supports))
-        first = solvers.make_solver(self.start).solve(problem).mask
+            return refitted(problem, exhaustive(problem, supports), self.tolerance)
+        first = self.start.solve(problem).mask
         if self.widest is not None and first.shape[1] > self.widest:
-            return self._refit(problem, first)
+            return refitted(problem, first, self.tolerance)
         rows = rows_at_once(first.shape[1])
         found = [
             self._search(problem, weight, mask)
@@ -76,15 +77,10 @@ class CBS:
         errors, masks = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         chosen = allocate(errors, masks.sum(2), problem.blocks)
         mask = masks[chosen, torch.arange(len(first), device=first.device)]
-        before, after = self._refit(problem, first), self._refit(problem, mask)
+        before, after = (refitted(problem, kept, self.tolerance) for kept in (first, mask))
         # The search rounds, so what it gained is measured.
         better = _block_errors(problem, after.weight) < _block_errors(problem, before.weight)
         return Sparse(*(torch.where(better, a, b) for a, b in zip(after, before, strict=True)))
-
-    def _refit(self, problem: Problem, mask: torch.Tensor) -> Sparse:
-        dense, kept = problem.weight.T.contiguous(), mask.T.contiguous()
-        weight = refit(dense, kept, dense, problem.damped, tolerance=self.tolerance)
-        return Sparse(weight.T.contiguous(), mask)
 
     def _search(
         self, problem: Problem, weight: torch.Tensor, mask: torch.Tensor
@@ -237,6 +233,6 @@ class _RowPairs:
 
 def _block_errors(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
     """Return twice the quadratic of each stacked site, on each of its rows, `(out, 1)`."""
-    delta = weight - problem.weight
-    parts = ((delta @ problem.damped) * delta).sum(1, keepdim=True).split(problem.blocks)
+    errors = quadratic(weight - problem.weight, problem.damped)
+    parts = errors[:, None].split(problem.blocks)
     return torch.cat([part.sum().expand_as(part) for part in parts])

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from iobs_onnx.solvers.allocate import allocate
-from iobs_onnx.solvers.cbs import CBS
-from iobs_onnx.solvers.problem import Problem, Solver, Sparse, inverse
+from iobs_onnx.solvers.problem import Problem, Sparse, inverse
+from iobs_onnx.solvers.quadratic import quadratic, quadratic_of_columns
 from iobs_onnx.solvers.refit import refit
 from iobs_onnx.sparsity import NM
 
@@ -174,7 +174,7 @@ class _State:
             self.best, self.best_mask, self._best_iterate = weight, mask, self._iterate
             return
         deltas = [found - self._dense for found in (self.best, weight)]
-        errors = torch.stack([((problem.damped @ delta) * delta).sum(0) for delta in deltas])
+        errors = torch.stack([quadratic_of_columns(delta, problem.damped) for delta in deltas])
         counts = torch.stack([self.best_mask.sum(0), mask.sum(0)])
         blocks = counts.shape[1:] if isinstance(problem.pattern, NM) else problem.blocks
         better = allocate(errors, counts, blocks).bool()
@@ -193,11 +193,8 @@ def _no_worse_than_magnitude(problem: Problem, found: Sparse) -> Sparse:
         return found
     mask = problem.project(problem.weight.abs())
     plain = problem.weight * mask
-    errors = []
-    for weight in (found.weight, plain):
-        delta = weight - problem.weight
-        errors.append(((delta @ problem.damped) * delta).sum(1))
-    worse = (errors[1] < errors[0])[:, None]
+    error, other = (quadratic(w - problem.weight, problem.damped) for w in (found.weight, plain))
+    worse = (other < error)[:, None]
     return Sparse(plain.where(worse, found.weight), mask.where(worse, found.mask))
 
 
@@ -222,11 +219,3 @@ def _resolvent(hessian: torch.Tensor, rho: float) -> torch.Tensor:
     shifted = hessian / rho
     shifted.diagonal().add_(1.0)
     return inverse(shifted, f"H/ρ + I with ρ = {rho:.3g}")
-
-
-PRESETS: dict[str, Solver] = {
-    "fast": IOBS(rho=2.0, saliency=0.5, inverses=1, tolerance=None),
-    "balanced": IOBS(),
-    # Tableaux take in³ a row: most of an hour for a layer of 4096 × 4096.
-    "best": CBS(start=IOBS(restarts=24), swaps=64, widest=2048),
-}

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from iobs_onnx.solvers.problem import Problem, Sparse
-from iobs_onnx.solvers.refit import refit
+from iobs_onnx.solvers.quadratic import squared_norms
+from iobs_onnx.solvers.refit import refitted
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class LOBS:
     def solve(self, problem: Problem) -> Sparse:
         """Return the weights of highest saliency, optimal on their support."""
         mask = problem.project(problem.weight.square() / problem.inverse.diagonal() / 2)
-        dense, kept = problem.weight.T.contiguous(), mask.T.contiguous()
-        refitted = refit(dense, kept, dense, problem.damped, tolerance=self.tolerance)
-        return Sparse(refitted.T.contiguous(), mask)
+        return refitted(problem, mask, self.tolerance)
 
 
 def output_bounds(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
@@ -49,8 +48,7 @@ def output_bounds(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
     the change of the output's weights, and after an activation that is 1-Lipschitz, such as
     ReLU, it is at most that.
     """
-    delta = weight - problem.weight
-    return ((delta @ problem.hessian) * delta).sum(1, dtype=torch.float64).clamp_min(0).sqrt()
+    return squared_norms(weight - problem.weight, problem.hessian).sqrt()
 
 
 def network_bound(bounds: Sequence[float], weights: Sequence[torch.Tensor]) -> float:

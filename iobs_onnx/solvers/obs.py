@@ -24,7 +24,7 @@ import torch
 from iobs_onnx.errors import SolverError
 from iobs_onnx.solvers.eigenspace import Eigenspace, LowRankRows
 from iobs_onnx.solvers.problem import Problem, Sparse
-from iobs_onnx.solvers.refit import refit
+from iobs_onnx.solvers.refit import refitted
 from iobs_onnx.solvers.tableau import WIDTH, Tableaux, rows_at_once
 from iobs_onnx.sparsity import NM
 
@@ -55,11 +55,7 @@ class OBS:
             space = Eigenspace(problem, self.rank)
             rows = max(1, _LOW_RANK_ELEMENTS // problem.weight.shape[1])
             trace = _trace(problem, rows, lambda weight: LowRankRows(space, weight))
-        mask = _choose(problem, *trace).T.contiguous()
-        dense = problem.weight.T.contiguous()
-        # The dense weight is where every output is optimal without the mask.
-        weight = refit(dense, mask, dense, problem.damped, tolerance=self.tolerance)
-        return Sparse(weight.T.contiguous(), mask.T.contiguous())
+        return refitted(problem, _choose(problem, *trace), self.tolerance)
 
 
 class _Rows(Protocol):

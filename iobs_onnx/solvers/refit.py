@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from iobs_onnx.errors import SolverError
+from iobs_onnx.solvers.problem import Problem, Sparse
 
 
 def refit(
@@ -45,6 +46,19 @@ def refit(
         f"the refit ended after {_MOST} iterations with a relative gradient of "
         f"{tolerance * least / enough:.1e}, over {tolerance:.0e}: raise the damping"
     )
+
+
+def refitted(problem: Problem, mask: torch.Tensor, tolerance: float) -> Sparse:
+    """Return the weights that are optimal on a mask `(out, in)`, as :func:`refit` finds them.
+
+    It starts at the dense weight, where every output is optimal without the mask.
+
+    Raises:
+        SolverError: as :func:`refit`.
+    """
+    dense, kept = problem.weight.T.contiguous(), mask.T.contiguous()
+    weight = refit(dense, kept, dense, problem.damped, tolerance=tolerance)
+    return Sparse(weight.T.contiguous(), mask)
 
 
 def refine(

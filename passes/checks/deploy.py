@@ -10,15 +10,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from iobs_onnx.passes.ops.recurrent import RECURRENT
-from iobs_onnx.site import Patches, Site, TransposedPatches
+from iobs_onnx.passes.ops import no_kernel_2_4
+from iobs_onnx.site import Patches, Site
 from iobs_onnx.sparsity import NM, Pattern
 
 # TensorRT's dense kernels win below this many input or output channels (fp16 and int8).
 _PICKED_ABOVE = 256
 # cuSPARSELt takes matrices with both dimensions a multiple of this: fp16 and bf16, int8.
 _CUSPARSELT = {False: 16, True: 32}
-# Lengths of a dynamic axis of which nothing is known: of the first axis, of any other.
+# Lengths of a dynamic axis that has no other bound: of the first axis, of any other.
 _GUESSES = ((1, 8, 32), (1, 128, 512))
 
 
@@ -96,10 +96,9 @@ def _cusparselt(site: Site) -> Engine:
 
 
 def _no_kernel(site: Site) -> str:
-    if site.op_type in RECURRENT:
-        return f"no known engine uses 2:4 weights of {site.op_type}"
-    if isinstance(site.taps[0].form, TransposedPatches):
-        return "no known engine uses 2:4 weights of transposed convolutions"
+    for op_type in site.op_type.split(", "):
+        if reason := no_kernel_2_4(op_type):
+            return reason
     if site.dtype == "DOUBLE":
         return "no sparse kernel multiplies float64"
     if site.quantized is not None and (site.dtype != "INT8" or any(site.quantized.zero_point)):

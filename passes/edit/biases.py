@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from iobs_onnx.passes.edit.rewrite import as_tensor
 from iobs_onnx.passes.graph import names
 from iobs_onnx.passes.graph.tensors import stored_slot, stored_tensor
+from iobs_onnx.passes.ops import Product, product_of
 from iobs_onnx.passes.ops.use import optional
 from iobs_onnx.passes.sites import readers
 from iobs_onnx.site import Patches, Rows, Site, Tap
@@ -33,10 +34,10 @@ class Surroundings:
 
 
 def find_surroundings(model: ir.Model, sites: Sequence[Site]) -> dict[Site, Surroundings]:
-    """Return what follows each site that one MatMul, Gemm or Conv multiplies by.
+    """Return what follows each site that one plain product multiplies by.
 
-    Sites of which nothing is known are left out: several nodes, other operators, scaled products,
-    and those in bodies.
+    Sites of which nothing is known are left out: several nodes, operators without a
+    :class:`~iobs_onnx.passes.ops.Product`, scaled products, and those in bodies.
 
     Args:
         model: unchanged.
@@ -46,8 +47,8 @@ def find_surroundings(model: ir.Model, sites: Sequence[Site]) -> dict[Site, Surr
     found = {}
     for site in sites:
         node = nodes.get(site.nodes[0])  # None in a body
-        if node is not None and len(site.nodes) == 1 and _is_plain(node, site):
-            found[site] = _surroundings(node, site)
+        if node is not None and len(site.nodes) == 1 and (product := _plain(node, site)):
+            found[site] = _surroundings(node, product, site)
     return found
 
 
@@ -63,7 +64,9 @@ def rewrite_biases(
     graph = model.graph
     nodes = {names.node_reference(node): node for node in graph}
     for site, values in biases.items():
-        adder, index = _bias_operand(nodes[site.nodes[0]], site) or (None, 0)
+        node = nodes[site.nodes[0]]
+        product = product_of(node, len(site.shape))
+        adder, index = (product and _bias_operand(node, product, site)) or (None, 0)
         assert adder is not None, "only sites with a bias get a new one"
         value = adder.inputs[index]
         assert value is not None
@@ -87,28 +90,24 @@ def rewrite_biases(
         adder.replace_input_with(index, fresh)
 
 
-def _is_plain(node: ir.Node, site: Site) -> bool:
-    """Whether the output is the weight times the tap's rows, with the outputs last (Conv: 2nd)."""
-    if node.domain != "" or site.groups != 1:
-        return False
-    form, weight = site.taps[0].form, optional(node, 1)
-    if node.op_type == "MatMul" and (len(site.shape) != 2 or site.view is not None):
-        return False  # a stack of matrices, perhaps
+def _plain(node: ir.Node, site: Site) -> Product | None:
+    """Return the node if its output is the weight times the tap's rows, and a bias; else None."""
+    product = product_of(node, len(site.shape))
+    if product is None or product.scaled or site.groups != 1:
+        return None
+    if product.stacks and (len(site.shape) != product.rank or site.view is not None):
+        return None  # a stack of matrices, perhaps
+    weight, form = optional(node, 1), site.taps[0].form
     if weight is None or readers.stored_source(weight).name != site.initializer:
-        return False
-    if node.op_type == "MatMul":
-        return form == Rows(-1)
-    if node.op_type == "Gemm":
-        scaled = [node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")]
-        return form == Rows(-1) and not any(scaled)
-    return node.op_type == "Conv" and isinstance(form, Patches)
+        return None
+    return product if form == Rows(-1) or isinstance(form, Patches) else None
 
 
-def _bias_operand(node: ir.Node, site: Site) -> tuple[ir.Node, int] | None:
+def _bias_operand(node: ir.Node, product: Product, site: Site) -> tuple[ir.Node, int] | None:
     """Return the node and the input at which the site's bias is added."""
     places = []
-    if node.op_type in ("Gemm", "Conv"):
-        places = [(node, 2)] if len(node.inputs) > 2 else []
+    if product.bias is not None:
+        places = [(node, product.bias)]
     elif (adder := _only_reader(node.outputs[0])) is not None and adder.op_type == "Add":
         places = [(adder, index) for index in range(2)]
     for reader, index in places:
@@ -121,8 +120,8 @@ def _bias_operand(node: ir.Node, site: Site) -> tuple[ir.Node, int] | None:
     return None
 
 
-def _surroundings(node: ir.Node, site: Site) -> Surroundings:
-    place = _bias_operand(node, site)
+def _surroundings(node: ir.Node, product: Product, site: Site) -> Surroundings:
+    place = _bias_operand(node, product, site)
     bias = None if place is None else place[0].inputs[place[1]]
     output = node.outputs[0] if place is None else place[0].outputs[0]
     return Surroundings(None if bias is None else bias.name, _residual(output, site))

@@ -64,7 +64,7 @@ def why_not_integers(site: Site) -> str | None:
     if site.dtype not in _NEEDS:
         return f"{site.dtype}: DequantizeLinear does not yield it"
     if channel_axis(site) is None:
-        return f"{site.dtype}: its outputs lie on no single axis"
+        return f"{site.dtype}: its outputs do not lie on one axis"
     return None
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from iobs_onnx.passes.edit.rewrite import rewrite
 from iobs_onnx.passes.graph import names
-from iobs_onnx.passes.graph.attributes import integer
 from iobs_onnx.passes.graph.tensors import constant_array, stored_slots, stored_tensor
+from iobs_onnx.passes.ops import Product, product_of
 from iobs_onnx.passes.ops.use import optional
 from iobs_onnx.passes.sites import readers
 from iobs_onnx.passes.sites.value_preserving import Path
@@ -105,12 +105,13 @@ def permute_channels(model: ir.Model, chain: Chain, order: NDArray[np.int64]) ->
 def _read(node: ir.Node, site: Site) -> tuple[ir.Value, int]:
     """Return the activation that a site's node reads, and its axis of channels, from the end."""
     weight, value = optional(node, 1), optional(node, 0)
-    plain = len(site.nodes) == 1 and site.groups == 1 and node.domain == ""
+    product = product_of(node, len(site.shape))
+    plain = len(site.nodes) == 1 and site.groups == 1 and weight is not None
     stored = None if weight is None else readers.stored_source(weight).name
-    if not plain or stored != site.initializer or node.op_type not in ("Conv", "Gemm", "MatMul"):
+    if product is None or not plain or stored != site.initializer:
         raise _Fixed(f"{node.op_type} {names.node_reference(node)!r} is not one plain product")
     assert value is not None, "what multiplies by a weight reads an activation"
-    return value, -(len(site.shape) - 1) if node.op_type == "Conv" else -1
+    return value, product.channels
 
 
 @dataclass
@@ -151,17 +152,8 @@ class _Flood:
 
     def _made_by(self, node: ir.Node, axis: int) -> list[tuple[ir.Value, int]]:
         """Slice the weight that makes the channels, or go on to where they come from."""
-        if node.domain == "" and node.op_type in ("MatMul", "Gemm") and axis == -1:
-            transposed = node.op_type == "Gemm" and integer(node, "transB", 0)
-            self._slice(node, 1, -2 if transposed else -1, rank=2)
-            self._vectors(node, (2,), -1)
-            return []
-        if node.domain == "" and node.op_type == "Conv" and not _is_depthwise(node):
-            if integer(node, "group", 1) != 1:
-                raise _Fixed(f"{_called(node)} has groups")
-            # The weight's first two axes are outputs and inputs, where batch and channels are.
-            self._slice(node, 1, axis - 1, rank=1 - axis)
-            self._vectors(node, (2,), -1)
+        if (product := _mixing(node, axis)) is not None:
+            self._makers(node, product)
             return []
         return self._through(node, 0, axis, node.inputs)
 
@@ -170,17 +162,10 @@ class _Flood:
             raise _Fixed(f"{_called(node)} reads them in a body")
         if node.domain == "" and node.op_type in ("Shape", "Size"):
             return []
-        product = node.domain == "" and index == 0
-        if product and node.op_type in ("MatMul", "Gemm") and axis == -1:
-            if integer(node, "transA", 0):
+        if index == 0 and (product := _mixing(node, axis)) is not None:
+            if product.transposed:
                 raise _Fixed(f"{_called(node)} reads them transposed")
-            place = -1 if integer(node, "transB", 0) else -2
-            self.readers.append(self._slice(node, 1, place, rank=2))
-            return []
-        if product and node.op_type == "Conv" and not _is_depthwise(node):
-            if integer(node, "group", 1) != 1:
-                raise _Fixed(f"{_called(node)} has groups")
-            self.readers.append(self._slice(node, 1, axis, rank=1 - axis))
+            self.readers.append(self._slice(node, 1, product.read, rank=product.rank))
             return []
         return self._through(node, index, axis, node.inputs)
 
@@ -199,9 +184,8 @@ class _Flood:
             if node.op_type == "BatchNormalization":
                 self._vectors(node, (1, 2, 3, 4), -1)
                 return [(first, axis), output]
-            if node.op_type == "Conv" and _is_depthwise(node):
-                self._slice(node, 1, axis - 1, rank=1 - axis)
-                self._vectors(node, (2,), -1)
+            if (product := product_of(node, 1 - axis)) is not None and product.apart:
+                self._makers(node, product)
                 return [(first, axis), output]
         known = {"": _ELEMENTWISE, "com.microsoft": _ELEMENTWISE_MS}.get(node.domain, frozenset())
         if node.op_type not in known:
@@ -220,6 +204,12 @@ class _Flood:
                 linked.append((value, axis))
         return linked
 
+    def _makers(self, node: ir.Node, product: Product) -> None:
+        """Slice the weight that makes the channels, and its bias."""
+        self._slice(node, 1, product.made, rank=product.rank)
+        if product.bias is not None:
+            self._vectors(node, (product.bias,), -1)
+
     def _vectors(self, node: ir.Node, places: Sequence[int], axis: int) -> None:
         """Slice constants with one entry for each channel; equal entries need no order."""
         for place in places:
@@ -235,7 +225,7 @@ class _Flood:
         """Note that an axis of an operand follows the channels; return the stored tensor's name.
 
         Raises:
-            _Fixed: it cannot be reordered, or has not the rank given.
+            _Fixed: it cannot be reordered, or does not have the given rank.
         """
         value = optional(node, place)
         source = None if value is None else readers.stored_source(value)
@@ -259,12 +249,22 @@ class _Flood:
         return name
 
 
-def _is_depthwise(node: ir.Node) -> bool:
-    weight = optional(node, 1)
-    groups = integer(node, "group", 1)
-    if groups == 1 or weight is None or weight.shape is None:
-        return False
-    return weight.shape[0] == groups and weight.shape[1] == 1
+def _mixing(node: ir.Node, axis: int) -> Product | None:
+    """Return a node as a product that makes each channel of all others; None where it is not one.
+
+    Args:
+        node: reads or makes the channels.
+        axis: where they are.
+
+    Raises:
+        _Fixed: the node keeps groups of channels apart.
+    """
+    product = product_of(node, 1 - axis)
+    if product is None or product.channels != axis or product.apart:
+        return None
+    if product.groups != 1:
+        raise _Fixed(f"{_called(node)} has groups")
+    return product
 
 
 def _broadcasts(value: ir.Value, axis: int) -> bool:

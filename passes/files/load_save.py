@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 
 from iobs_onnx.errors import ModelError, OptionError
 from iobs_onnx.passes.files import preserve, protos
+from iobs_onnx.passes.files.atomic import replacing_all
 from iobs_onnx.passes.graph import walk
 from iobs_onnx.passes.graph.tensors import slots
 
@@ -45,7 +45,7 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir
     External tensors stay memory-mapped; the tensors of a `ModelProto` or `ir.Model` are shared.
 
     Raises:
-        ModelError: the file is missing, empty or no ONNX; tensors do not fit their shapes; the
+        ModelError: the file is missing, empty or not ONNX; tensors do not fit their shapes; the
             model holds what would be lost on the way or is not sorted; external data are missing,
             too short, or outside the model's folder.
     """
@@ -111,22 +111,16 @@ def saving(
     target, data, external = _output_files(model, path)
     model = model.clone()
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            beside, data_beside = Path(folder, target.name), Path(folder, data.name)
+        with replacing_all([mask_file(target), data, target]) as folder:
             if external:
-                _externalize(model, folder, data.name)
+                _externalize(model, os.fspath(folder), data.name)
             else:
                 bring_into_memory(model)
+            beside = folder / target.name
             beside.write_bytes(protos.to_proto(model).SerializeToString())
             if masks is not None:
-                beside_masks = Path(folder, mask_file(target).name)
-                save_file(dict(masks), beside_masks, {"True": "kept"})
+                save_file(dict(masks), folder / mask_file(target).name, {"True": "kept"})
             yield beside
-            if masks is not None:
-                os.replace(beside_masks, mask_file(target))
-            if data_beside.exists():
-                os.replace(data_beside, data)
-            os.replace(beside, target)
     except OSError as error:
         raise OptionError(f"output {path}: cannot be written ({error.strerror})") from error
 
@@ -251,7 +245,7 @@ def _require_data(tensor: ir.ExternalTensor, label: str) -> None:
     location = os.fspath(tensor.location)
     what = f"{label}: external data file {location!r:.200} of tensor {tensor.name!r}"
     if "\0" in location:
-        raise ModelError(f"{what} is no name of a file; mend the model")
+        raise ModelError(f"{what} is not a file name; mend the model")
     # Unlike Path.resolve, these do not raise where links run in a circle.
     folder = os.path.realpath(tensor.base_dir)
     file = Path(os.path.realpath(os.path.join(folder, location)))

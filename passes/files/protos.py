@@ -75,7 +75,7 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep onnx_ir from logging faults of which an error of one line will tell."""
+    """Keep onnx_ir from logging faults that a one-line error reports."""
     logger = logging.getLogger(ir.serde.__name__)
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -217,7 +217,7 @@ def _opsets(owner: onnx.ModelProto | onnx.FunctionProto, label: str) -> dict[str
     for opset in owner.opset_import:
         if not 0 < opset.version < 2**31:
             raise ModelError(
-                f"{label}: version {opset.version} of opset {opset.domain!r} is none; mend it"
+                f"{label}: opset {opset.domain!r} has no version {opset.version}; mend it"
             )
     return {opset.domain: opset.version for opset in owner.opset_import}
 

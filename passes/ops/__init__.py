@@ -5,34 +5,44 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from iobs_onnx.passes.ops.attention import ATTENTION
-from iobs_onnx.passes.ops.conv import CONV
+from iobs_onnx.passes.ops.conv import CONV, FUSED_CONV
 from iobs_onnx.passes.ops.conv_transpose import CONV_TRANSPOSE
 from iobs_onnx.passes.ops.einsum import EINSUM
-from iobs_onnx.passes.ops.gemm import GEMM
-from iobs_onnx.passes.ops.matmul import GEMM_FAST_GELU, MATMUL
-from iobs_onnx.passes.ops.recurrent import RECURRENT_WEIGHTS
-from iobs_onnx.passes.ops.use import Handler, Unsupported, Use
+from iobs_onnx.passes.ops.gemm import FUSED_GEMM, GEMM
+from iobs_onnx.passes.ops.matmul import FUSED_MATMUL, GEMM_FAST_GELU, MATMUL
+from iobs_onnx.passes.ops.recurrent import RECURRENT
+from iobs_onnx.passes.ops.use import Handler, Product, Unsupported, Use
 
-__all__ = ["OP_HANDLERS", "UNSUPPORTED", "Use", "unsupported", "weight_operands"]
+__all__ = [
+    "OP_HANDLERS",
+    "UNSUPPORTED",
+    "Product",
+    "Use",
+    "handler_of",
+    "no_kernel_2_4",
+    "product_of",
+    "unsupported",
+    "weight_operands",
+]
 
 _MS = "com.microsoft"
 
 OP_HANDLERS: dict[tuple[str, str], Handler] = {
     ("", "MatMul"): MATMUL,
-    (_MS, "FusedMatMul"): MATMUL,
-    (_MS, "FusedMatMulActivation"): MATMUL,
-    (_MS, "TransposeMatMul"): MATMUL,
+    (_MS, "FusedMatMul"): FUSED_MATMUL,
+    (_MS, "FusedMatMulActivation"): FUSED_MATMUL,
+    (_MS, "TransposeMatMul"): FUSED_MATMUL,
     (_MS, "GemmFastGelu"): GEMM_FAST_GELU,
     ("", "Gemm"): GEMM,
-    (_MS, "FusedGemm"): GEMM,
+    (_MS, "FusedGemm"): FUSED_GEMM,
     ("", "Conv"): CONV,
-    (_MS, "FusedConv"): CONV,
-    (_MS, "NhwcFusedConv"): CONV,
+    (_MS, "FusedConv"): FUSED_CONV,
+    (_MS, "NhwcFusedConv"): FUSED_CONV,
     ("", "ConvTranspose"): CONV_TRANSPOSE,
     ("", "Einsum"): EINSUM,
-    ("", "LSTM"): RECURRENT_WEIGHTS,
-    ("", "GRU"): RECURRENT_WEIGHTS,
-    ("", "RNN"): RECURRENT_WEIGHTS,
+    ("", "LSTM"): RECURRENT,
+    ("", "GRU"): RECURRENT,
+    ("", "RNN"): RECURRENT,
     (_MS, "Attention"): ATTENTION,
     (_MS, "PackedAttention"): ATTENTION,
 }
@@ -67,6 +77,29 @@ UNSUPPORTED: dict[tuple[str, str], Unsupported] = {
     (_MS, "QOrderedAttention"): Unsupported((2, 3, 4), _INTEGER),
     (_MS, "QOrderedMatMul"): Unsupported((2,), _INTEGER),
 }
+
+
+def handler_of(node: ir.Node) -> Handler | None:
+    """Return what is known of a node's operator; None for those without weights."""
+    return OP_HANDLERS.get((node.domain, node.op_type))
+
+
+def product_of(node: ir.Node, rank: int) -> Product | None:
+    """Return a node as a plain product with a weight of this rank; None where it is not one."""
+    handler = handler_of(node)
+    if handler is None or handler.product is None:
+        return None
+    return handler.product(node, rank)
+
+
+def no_kernel_2_4(op_type: str) -> str:
+    """Say why no known engine has 2:4 kernels for weights of an operator; empty where one may.
+
+    Args:
+        op_type: without its domain, as in `Site.op_type`.
+    """
+    found = (handler.no_kernel for (_, name), handler in OP_HANDLERS.items() if name == op_type)
+    return next(filter(None, found), "").format(op_type=op_type)
 
 
 def weight_operands(node: ir.Node) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from iobs_onnx.passes.graph.attributes import integer, integers, text
 from iobs_onnx.passes.graph.layout import Layout
-from iobs_onnx.passes.ops.use import Handler, Read, Use, operand
+from iobs_onnx.passes.ops.use import Handler, Product, Read, Use, operand, optional
 from iobs_onnx.site import Patches
 
 
@@ -51,4 +51,27 @@ def unfit(layout: Layout) -> str | None:
     return None
 
 
-CONV = Handler(operands=(1,), describe=describe)
+def product(node: ir.Node, rank: int) -> Product:
+    """Read the channels: second in what is read and made, the weight's first two axes."""
+    groups = integer(node, "group", 1)
+    return Product(
+        channels=1 - rank,
+        made=-rank,
+        read=1 - rank,
+        rank=rank,
+        bias=2,
+        groups=groups,
+        apart=_is_depthwise(node, groups),
+    )
+
+
+def _is_depthwise(node: ir.Node, groups: int) -> bool:
+    weight = optional(node, 1)
+    if groups == 1 or weight is None or weight.shape is None:
+        return False
+    return weight.shape[0] == groups and weight.shape[1] == 1
+
+
+CONV = Handler(operands=(1,), describe=describe, product=product)
+# They activate, add a tensor or keep channels last: not plain products.
+FUSED_CONV = Handler(operands=(1,), describe=describe)

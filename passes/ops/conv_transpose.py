@@ -38,4 +38,8 @@ def describe(node: ir.Node, weight: int, layout: Layout) -> Use | str:
     return Use((Read(operand(node, 0), form),), split.join((0,), (2,), (*range(3, 3 + space), 1)))
 
 
-CONV_TRANSPOSE = Handler(operands=(1,), describe=describe)
+CONV_TRANSPOSE = Handler(
+    operands=(1,),
+    describe=describe,
+    no_kernel="no known engine uses 2:4 weights of transposed convolutions",
+)

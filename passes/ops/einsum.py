@@ -26,7 +26,7 @@ def describe(node: ir.Node, weight: int, layout: Layout) -> Use | str:
     summed = [label for label in own if label in other and label not in output]
     kept = [label for label in own if label not in other]
     if not summed or not kept:
-        return f"equation {equation!r} is no matrix product with this operand"
+        return f"equation {equation!r} is not a matrix product with this operand"
     features = tuple(_axis(other, label) for label in summed)
     form: RowForm = Rows(features[0])
     if batch or len(features) > 1:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from iobs_onnx.passes.graph.attributes import integer
 from iobs_onnx.passes.graph.layout import Layout
-from iobs_onnx.passes.ops.use import Handler, Read, Use, operand
+from iobs_onnx.passes.ops.use import Handler, Product, Read, Use, operand
 from iobs_onnx.site import Rows
 
 
@@ -28,4 +28,20 @@ def describe(node: ir.Node, weight: int, layout: Layout) -> Use | str:
     return Use((Read(operand(node, 1 - weight), form),), layout.join((), (1 - axis,), (axis,)))
 
 
-GEMM = Handler(operands=(1, 0), describe=describe)
+def product(node: ir.Node, rank: int) -> Product:
+    """Read the channels of `Y = X B' + C`, and whether alpha or beta scale them."""
+    made, read = (-2, -1) if integer(node, "transB", 0) else (-1, -2)
+    return Product(
+        channels=-1,
+        made=made,
+        read=read,
+        rank=2,
+        bias=2,
+        transposed=bool(integer(node, "transA", 0)),
+        scaled=any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")),
+    )
+
+
+GEMM = Handler(operands=(1, 0), describe=describe, product=product)
+# It activates the output: not a plain product.
+FUSED_GEMM = Handler(operands=(1, 0), describe=describe)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from iobs_onnx.passes.graph.attributes import integer
 from iobs_onnx.passes.graph.layout import Layout
-from iobs_onnx.passes.ops.use import Handler, Read, Use, operand
+from iobs_onnx.passes.ops.use import Handler, Product, Read, Use, operand
 from iobs_onnx.site import RowForm, Rows, Stacked
 
 
@@ -65,5 +65,12 @@ def _broadcast(node: ir.Node, operand_index: int, batch: int) -> bool:
     return len(shape) < -batch or shape[_stored(node, operand_index, batch)] == 1
 
 
-MATMUL = Handler(operands=(1, 0), describe=describe)
+def product(node: ir.Node, rank: int) -> Product:
+    """Read the channels of `Y = X B`; they are last in both, and the bias is another node's."""
+    return Product(channels=-1, made=-1, read=-2, rank=2, stacks=True)
+
+
+MATMUL = Handler(operands=(1, 0), describe=describe, product=product)
+# These may scale, transpose or activate: not plain products.
+FUSED_MATMUL = Handler(operands=(1, 0), describe=describe)
 GEMM_FAST_GELU = Handler(operands=(1,), describe=describe)

@@ -13,13 +13,11 @@ from iobs_onnx.passes.graph.layout import Layout
 from iobs_onnx.passes.graph.tensors import Slot, stored_slots, stored_tensor
 from iobs_onnx.passes.graph.unfold import unfolded
 from iobs_onnx.passes.ops import OP_HANDLERS, Use, unsupported, weight_operands
-from iobs_onnx.passes.ops.recurrent import RECURRENT
 from iobs_onnx.passes.sites import readers
 from iobs_onnx.passes.sites.candidates import PRUNABLE_DTYPES, Candidate, find_candidates
 from iobs_onnx.passes.sites.out_of_reach import out_of_reach
 from iobs_onnx.passes.sites.value_preserving import INTEGERS, Path
 from iobs_onnx.passes.taps.bodies import Bodies
-from iobs_onnx.passes.taps.expose import tap_value
 from iobs_onnx.site import Candidates, Declined, Quantized, Site, Tap
 
 
@@ -174,7 +172,7 @@ def _misplaced(node: ir.Node, use: Use, path: Path) -> str | None:
         for size, stride in use.matrices.axes[2]
         for count, moved in path.regrouped
     )
-    fits = node.op_type in RECURRENT and not turned
+    fits = OP_HANDLERS[node.domain, node.op_type].free_outputs and not turned
     return None if fits else "behind Concat, which puts its parts in another order"
 
 
@@ -215,7 +213,7 @@ def _site(name: str, candidate: Candidate, uses: _Uses, bodies: Bodies) -> Site:
     view, perm = matrices.view()
     # A dict drops equal taps and keeps their order.
     taps = {
-        Tap(bodies.label(tap_value(read), node.graph), read.form, inputs): None
+        Tap(bodies.label(read.tap, node.graph), read.form, inputs): None
         for node, use in uses.described
         for read in use.reads
     }

@@ -82,7 +82,7 @@ def partition(
             exceed it alone.
 
     Raises:
-        ModelError: one of `outputs` is no value of the main graph.
+        ModelError: one of `outputs` is not a value of the main graph.
     """
     flow = _Flow(model, sites, beside or {}, tuple(outputs))
     cuts = {"none": list, "segment": flow.narrow_cuts, "site": flow.site_cuts}[sequential]()

@@ -6,12 +6,9 @@ with a label of the data and names the tensor at fault.
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import re
 import struct
-import sys
 import tokenize
 import zipfile
 import zlib
@@ -24,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, IobsError
+from iobs_onnx.runtime.data.named import NoCallable, find_callable
 from iobs_onnx.runtime.session import InputSpec
 
 Feed: TypeAlias = dict[str, NDArray[Any]]
@@ -36,7 +34,7 @@ _READ_HEADER = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 # What zipfile and numpy raise over damaged archives. RuntimeError: encryption, or deep nesting;
-# the last four: an array's header that is no Python literal, or not the one expected.
+# the last four: an array's header that is not a Python literal, or not the one expected.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -85,7 +83,7 @@ def read(source: str, inputs: Sequence[InputSpec], label: str) -> object:
         return _load_npz(path, label)
     if re.fullmatch(r"[\w.]+:[\w.]+", source):
         return _call(source, label)
-    raise DataError(f"{label}: no such file or directory, nor of the form module:callable")
+    raise DataError(f"{label}: no such file or directory, and not of the form module:callable")
 
 
 def stream(source: object, inputs: Sequence[InputSpec], label: str) -> Iterator[Feed]:
@@ -117,7 +115,7 @@ def check_feed(
     names = [spec.name for spec in inputs]
     if extra := [name for name in feed if name not in names]:
         raise DataError(
-            f"{label}: {extra[0]!r} is no input of the model, whose inputs are {', '.join(names)}"
+            f"{label}: {extra[0]!r} is not an input of the model, which takes {', '.join(names)}"
         )
     arrays = {}
     for spec in inputs:
@@ -205,25 +203,18 @@ def _load_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, label: str) 
             raise DataError(f"{what} is pickled, and loading it could run code; save plain arrays")
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or size != member.file_size - stream.tell():
-            raise DataError(f"{what} has not the size that its shape {shape} says; save it again")
+            raise DataError(f"{what} does not fit its shape {shape}; save it again")
     with archive.open(member) as stream:
         array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
     return array
 
 
 def _call(source: str, label: str) -> object:
-    module_name, _, name = source.partition(":")
-    # A console script does not see modules in the working directory, `python -m` does.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    target = _guarded(lambda: importlib.import_module(module_name), label)
-    for part in name.split("."):
-        if not hasattr(target, part):
-            raise DataError(f"{label}: module {module_name!r} has no {name!r}")
-        target = getattr(target, part)
-    if not callable(target):
-        raise DataError(f"{label}: {name!r} is not callable")
-    return _guarded(target, label)
+    try:
+        function = _guarded(lambda: find_callable(source), label)
+    except NoCallable as error:
+        raise DataError(f"{label}: {error}") from error
+    return _guarded(function, label)
 
 
 def _checked(

@@ -34,8 +34,8 @@ class ImageSamples(Samples):
         inputs: of the model; one input, `(batch, channels, height, width)` or channels last.
 
     Raises:
-        DataError: there are no images, the file cannot be read or asks for what is not known
-            here, or the model takes no image.
+        DataError: there are no images, the file cannot be read or asks for what is not
+            supported, or the model takes no image.
         DependencyError: Pillow is missing.
     """
 
@@ -104,7 +104,7 @@ class Preprocess:
         """Read a file.
 
         Raises:
-            DataError: it cannot be read, or asks for a step that is not known here.
+            DataError: it cannot be read, or asks for a step that is not supported.
         """
         label = f"preprocess {path}"
         try:
@@ -117,7 +117,7 @@ class Preprocess:
         other = [key for key in asked if key.startswith("do_") and key not in known and asked[key]]
         if other:
             raise DataError(
-                f"{label}: {other[0]} is not known here; give feeds through module:callable"
+                f"{label}: {other[0]} is not supported; give feeds through module:callable"
             )
         try:
             return cls._of(asked)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,11 @@ class Data:
     samples: int = 0
     held_out_samples: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def in_memory(self) -> Data:
+        """Return data whose feeds can be iterated more than once; these are read to their end."""
+        feeds = list(self.calibration)
+        return replace(self, calibration=feeds, batches=len(feeds))
 
 
 def open_data(
@@ -200,7 +205,7 @@ class _Arrays(Samples):
         self._available = min(lengths.values(), default=0)
         if self._available == 0 or len(set(lengths.values())) > 1:
             counts = ", ".join(f"{name!r} {count}" for name, count in lengths.items())
-            raise DataError(f"{label}: the arrays must have one first axis, of samples: {counts}")
+            raise DataError(f"{label}: first axes (samples) differ or are empty: {counts}")
 
     def __len__(self) -> int:
         return self._available

@@ -53,7 +53,7 @@ def files_below(path: str, suffixes: Collection[str], what: str) -> tuple[Path, 
         raise DataError(f"{what} {path}: no such file or directory")
     found = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     if not found:
-        raise DataError(f"{what} {path}: no {', '.join(sorted(suffixes))} file lies below it")
+        raise DataError(f"{what} {path}: holds no {', '.join(sorted(suffixes))} file")
     return tuple(found)
 
 

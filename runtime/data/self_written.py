@@ -41,7 +41,7 @@ class SelfSamples(Samples):
     Raises:
         DataError: the model takes no `input_ids`, gives no logits, a token changes what stands
             before it, or, while text is written, logits are not finite.
-        OptionError: `start` is no token.
+        OptionError: `start` is not a token of the model.
     """
 
     label = "text that the model wrote"

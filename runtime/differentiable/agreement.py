@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.differentiable.dtypes import TYPES, Precision
 from iobs_onnx.runtime.differentiable.evaluator import Evaluator
-from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.session import open_session, run_errors
 
 # Other orders of summation and ONNX Runtime's polynomials for exp and erf leave 1e-7 to 1e-5 in

@@ -59,7 +59,7 @@ def test_prune_writes_model_and_report_and_prints_a_table(toy: Path, capsys) -> 
     for text in ("2 sites pruned to 2:4", "up", "down", "÷ sparsegpt", "cosine", "report.json"):
         assert text in printed
     assert "━━━" in printed
-    assert "\x1b" not in printed  # no colours, no bars: this is no terminal
+    assert "\x1b" not in printed  # no colours, no bars: this is not a terminal
     report = json.loads((toy / "report" / "report.json").read_text())
     assert [site["name"] for site in report["sites"]] == ["up", "down"]
     assert main(["verify", str(toy / "out.onnx"), "--sparsity", "2:4"]) == 0
@@ -217,7 +217,8 @@ def test_verify_compares_outputs_with_the_dense_model(toy: Path, capsys) -> None
 
     feed = dict(np.load(toy / "data.npz"))
     runs = [
-        ort.InferenceSession(toy / name).run(None, feed)[0] for name in ("toy.onnx", "out.onnx")
+        ort.InferenceSession(toy / name).run(None, feed)[0].astype(float)
+        for name in ("toy.onnx", "out.onnx")
     ]
     expected = np.linalg.norm(runs[1] - runs[0]) / np.linalg.norm(runs[0])
     assert output["relative_error"] == pytest.approx(expected, rel=1e-5)
@@ -270,6 +271,19 @@ def test_help_names_every_option(capsys) -> None:
         *("--seed", "--config", "--quiet", "--no-mask-padding", "--compare", "--debug"),
     ):
         assert flag in shown
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["inspect", "--json"]])
+def test_what_runs_no_model_starts_lightly(toy: Path, arguments: list[str]) -> None:
+    command = [*arguments, str(toy / "toy.onnx")] if arguments[0] == "inspect" else arguments
+    heavy = {"torch", "onnxruntime", "transformers", "scipy", "rich", "matplotlib", "jinja2"}
+    code = (
+        f"import sys, contextlib\nfrom iobs_onnx.cli import main\n"
+        f"with contextlib.suppress(SystemExit):\n    main({command!r})\n"
+        f"print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
 
 
 def test_preset_belongs_to_iobs(toy: Path, capsys) -> None:

@@ -206,7 +206,7 @@ MUTATORS: tuple[Callable[[bytes, bytes, random.Random], bytes], ...] = (
     mutate_proto,
 )
 
-# Headers of arrays in an archive that lie, or are no header at all.
+# Headers of arrays in an archive that lie, or are not headers at all.
 HEADERS = tuple(
     text.encode()
     for text in (

@@ -151,6 +151,7 @@ def test_no_command_of_optimum_breaks_or_slows() -> None:
     )
     assert subprocess.check_output([*run_program, register + heavy], text=True) == before
     # Not even an installation of ours that is broken takes optimum-cli down.
-    broken = "import sys; sys.modules['iobs_onnx.cli'] = None; sys.argv = ['optimum-cli', 'env']; "
+    broken = "import sys; sys.modules['iobs_onnx.commands.prune'] = None; "
+    broken += "sys.argv = ['optimum-cli', 'env']; "
     broken += "from optimum.commands.optimum_cli import main; main()"
     assert "optimum" in subprocess.check_output([*run_program, broken], text=True)

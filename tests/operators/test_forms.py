@@ -1,4 +1,4 @@
-"""Products and chains that are no site, each with its reason; and what sites look like."""
+"""Products and chains that are not sites, each with its reason; and what sites look like."""
 
 import ml_dtypes
 import numpy as np
@@ -48,9 +48,9 @@ def site_of(proto):
 @pytest.mark.parametrize(
     ("nodes", "weight", "reason"),
     [
-        (einsum("bi,bi->b"), (3, 4), "is no matrix product"),
-        (einsum("bi,bj->bij"), (3, 4), "is no matrix product"),
-        (einsum("bi,i->b"), (4,), "is no matrix product"),
+        (einsum("bi,bi->b"), (3, 4), "is not a matrix product"),
+        (einsum("bi,bj->bij"), (3, 4), "is not a matrix product"),
+        (einsum("bi,i->b"), (4,), "is not a matrix product"),
         (einsum("bi,ii->bi"), (4, 4), "reads a diagonal"),
         (einsum("bii,ij->bj"), (4, 5), "reads a diagonal"),
         (einsum("bi,ijk->bj"), (4, 5, 6), "sums an axis of the weight alone"),

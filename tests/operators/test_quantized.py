@@ -116,7 +116,7 @@ DECLINED = {
         {"q": INTS, "s": np.ones(6, np.float32), "z": np.zeros(4, np.int8)},
         "does not fit its zero point",
     ),
-    "a scale that is no number": (
+    "a scale that is not a number": (
         dequantized(("s",)),
         {"q": INTS, "s": np.float32(np.nan)},
         "whose scale is not finite",

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from iobs_onnx.cli import main
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, GateError
-from iobs_onnx.pruning.gates import require_output_error
+from iobs_onnx.pruning.judge import require_output_error
 from iobs_onnx.runtime import OutputFidelity
 
 

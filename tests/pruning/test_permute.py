@@ -12,12 +12,13 @@ from onnx import helper, numpy_helper
 
 import iobs_onnx
 from iobs_onnx.config import make_config
-from iobs_onnx.engine import Place
+from iobs_onnx.engine import Engine
 from iobs_onnx.errors import OptionError
 from iobs_onnx.passes import find_sites, load_model, save_model
 from iobs_onnx.pruning.prior.permute import permuted
+from iobs_onnx.pruning.records import Run
+from iobs_onnx.pruning.selection import select
 from iobs_onnx.runtime import input_specs, open_data
-from iobs_onnx.selection import select
 
 Feeds = list[dict[str, np.ndarray]]
 
@@ -35,8 +36,9 @@ def reorder(path: Path, feeds: Feeds, scratch: Path) -> list[dict]:
     config = make_config({"sparsity": "2:4", "permute": True})
     sites = select(find_sites(dense), config.sparsity).sites
     data = open_data(feeds, input_specs(dense), holdout=0)
-    place = Place("cpu", 2**30, scratch)
-    model, records = permuted(dense, sites, data, config, place, torch.device("cpu"))
+    engine = Engine("cpu", 2**30, scratch)
+    run = Run(dense, sites, {}, data.in_memory(), config, engine, torch.device("cpu"))
+    model, records = permuted(run)
     save_model(model, scratch / "permuted.onnx")
     expected = outputs(path, feeds[0])
     found = outputs(scratch / "permuted.onnx", feeds[0])
@@ -109,8 +111,9 @@ def test_prune_with_permutation(toy: tuple[Path, Feeds]) -> None:
     assert (fixed["sites"], fixed["reason"]) == (["up"], "'x' comes from outside")
     errors = [{site.name: site.layer_error for site in report.sites} for report in reports]
     assert errors[1]["down"] < errors[0]["down"]
-    # Hessian and weight of the other site are the same, its outputs in another order.
-    assert errors[1]["up"] == pytest.approx(errors[0]["up"], rel=1e-3)
+    # Hessian and weight of the other site are the same, its outputs in another order: a search may
+    # go the other way at a near tie.
+    assert errors[1]["up"] == pytest.approx(errors[0]["up"], rel=0.05)
     result = iobs_onnx.verify(path.with_name("out.onnx"), sparsity="2:4", dense=path, data=feeds)
     assert result.ok
     recorded = reports[1].verification[0]

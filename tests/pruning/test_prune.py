@@ -470,8 +470,8 @@ def test_a_bfloat16_model_on_the_cpu(constant: bool, tmp_path: Path) -> None:
         assert result.report.verification[0].relative_error < 0.7
     for narrow, wide in zip(*found, strict=True):
         assert np.array_equal(narrow == 0, wide == 0)
-        # Half of the last of 8 bits.
-        np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=2**-8)
+        # Half of the last of 8 bits, and what float32 rounds before it.
+        np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=2**-8, atol=1e-4)
 
 
 def test_weights_and_biases_of_constant_nodes(tmp_path: Path) -> None:
@@ -500,4 +500,5 @@ def test_weights_and_biases_of_constant_nodes(tmp_path: Path) -> None:
         weights.append({name: slots[name].tensor.numpy() for name in arrays})
     for name, array in arrays.items():
         assert not np.array_equal(weights[0][name], array.astype(np.float32))
-        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=1e-5, atol=1e-6)
+        # Rounding of float32 times the condition of a Hessian that is damped by 1 %.
+        np.testing.assert_allclose(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)

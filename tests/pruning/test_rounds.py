@@ -10,44 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 import iobs_onnx
 from iobs_onnx.errors import GateError, OptionError
-from iobs_onnx.pruning.checkpoint import Shelf
+from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.prior.allocate import GRID, spend
-
-RNG = np.random.default_rng(7)
-WIDTH = 16
-
-
-@pytest.fixture(scope="module")
-def mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four linears with ReLU between them, and correlated inputs beside it."""
-    weights = {f"w{i}": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32) for i in range(4)}
-    nodes, value = [], "x"
-    for name in weights:
-        nodes += [
-            helper.make_node("MatMul", [value, name], [f"{name}.out"], name=name),
-            helper.make_node("Relu", [f"{name}.out"], [f"{name}.relu"]),
-        ]
-        value = f"{name}.relu"
-    kind = onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "mlp",
-        [helper.make_tensor_value_info("x", kind, ["n", WIDTH])],
-        [helper.make_tensor_value_info(value, kind, ["n", WIDTH])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    folder = tmp_path_factory.mktemp("mlp")
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, folder / "mlp.onnx")
-    mixing = RNG.normal(size=(WIDTH, WIDTH))
-    for part in ("a", "b", "c"):
-        rows = RNG.normal(size=(256, WIDTH)) @ mixing
-        np.savez(folder / f"{part}.npz", x=rows.astype(np.float32))
-    return folder
 
 
 def prune(folder: Path, output: Path, **options: Any) -> iobs_onnx.PruneResult:
@@ -104,7 +72,8 @@ def test_rounds_that_forget_nothing_end_where_one_round_on_all_data_does(
 
     whole = weight()
     scale = np.abs(whole).max()
-    assert np.abs(weight(rounds=4, forgetting_factor=1.0) - whole).max() < 1e-4 * scale
+    # Rounding of float32 times the condition of the Hessian, some 1,500.
+    assert np.abs(weight(rounds=4, forgetting_factor=1.0) - whole).max() < 1e-3 * scale
     assert np.abs(weight(rounds=4) - whole).max() > 1e-2 * scale
     with pytest.raises(OptionError, match=r"forgetting_factor 0\.5: one round has none before it"):
         weight(forgetting_factor=0.5)
@@ -200,26 +169,37 @@ class _CutOffError(Exception):
     pass
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("mlp", {"rounds": 2, "forgetting_factor": 0.5}),
+        ("residual", {"distill": "model", "distill_steps": 5}),
+    ],
+)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
-    mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Cut off before every file that the run keeps, and after the last."""
-    options = {"rounds": 2, "forgetting_factor": 0.5, "sparsity": "2:4"}
+    mlp = request.getfixturevalue(model)
     whole = tmp_path / "whole.onnx"
     prune(mlp, whole, work_dir=tmp_path / "whole", **options)
     kept = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    write, output = Shelf._write, tmp_path / "out.onnx"
+    write, output = Checkpoint._write, tmp_path / "out.onnx"
     for most in range(len(kept)):
         work = tmp_path / f"work{most}"
         left = itertools.count()
 
-        def cut(self: Shelf, name: str, content: Any, left=left, most=most) -> None:
+        def cut(self: Checkpoint, name: str, content: Any, left=left, most=most) -> None:
             if next(left) == most:
                 raise _CutOffError
             write(self, name, content)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Shelf, "_write", cut)
+            patch.setattr(Checkpoint, "_write", cut)
             try:
                 prune(mlp, output, work_dir=work, **options)
                 break  # all was written

@@ -96,10 +96,10 @@ def test_random_data_warn_loudly(model: Path, capsys, caplog) -> None:
     ("flags", "text"),
     [
         ([], "--calibration is missing: give it, or --text, --images or --audio"),
-        (["--text", "a", "--images", "b"], "--text and --images: one feed is made of one"),
+        (["--text", "a", "--images", "b"], "--text and --images: give one of them only"),
         (["--calibration", "self"], "calibration self: no output is a number for each of 30522"),
         (["--calibration", "random", "--start-token", "1"], "start_token: goes with calibration"),
-        (["--text", "a"], "--tokenizer is missing, and no tokenizer.json lies beside the model"),
+        (["--text", "a"], "--tokenizer is missing, and no tokenizer.json is beside the model"),
         (["--images", "a"], "--preprocess is missing"),
         (["--calibration", "random", "--pack"], "pack: goes with text, not with calibration"),
         (["--calibration", "a.npz", "--sequence-length", "8"], "sequence_length: goes with text"),

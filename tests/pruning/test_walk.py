@@ -110,7 +110,7 @@ def test_the_defaults_beat_one_shot_on_held_out_text(
 
 
 def test_nothing_changes_at_sparsity_zero(minilm_model: Path, minilm_feeds: list[Feed]) -> None:
-    """Two ONNX Runtime sessions round differently: that is no drift to make up for."""
+    """Two ONNX Runtime sessions round differently: that is not a drift to make up for."""
     result = iobs_onnx.prune(
         minilm_model, calibration=minilm_feeds[:2], sparsity="0%", solver="sparsegpt"
     )

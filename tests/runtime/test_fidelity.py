@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from iobs_onnx.engine import Place
+from iobs_onnx.engine import Engine
 from iobs_onnx.engine import compare as compare_in_place
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.passes import load_model
@@ -14,8 +14,8 @@ from iobs_onnx.runtime import OutputFidelity
 
 
 def compare(dense, sparse, feeds):
-    place = Place("cpu", 1 << 30, Path())
-    return compare_in_place(load_model(dense), load_model(sparse), feeds, place)
+    engine = Engine("cpu", 1 << 30, Path())
+    return compare_in_place(load_model(dense), load_model(sparse), feeds, engine)
 
 
 def finite(model, feeds):

@@ -18,7 +18,7 @@ from iobs_onnx.sparsity import NM, Unstructured
 
 Matrix = NDArray[np.float64]
 EACH = pytest.mark.parametrize("name", SOLVERS)
-# They use no inverse Hessian, so a singular one is no obstacle.
+# They use no inverse Hessian, so a singular one does not stop them.
 DIAGONAL = ("magnitude", "wanda", "obd")
 
 

@@ -206,8 +206,10 @@ def test_low_rank_state_is_that_of_its_matrix(make_problem: MakeProblem, rank: i
         kept[row * 3 + np.arange(20)] = False
         inverse = np.linalg.inv(model[np.ix_(kept, kept)])
         x = inverse @ (model[kept] @ dense)
+        expected = x**2 / inverse.diagonal()
+        # Twenty removals, each rounding float32 times a condition of some 400.
         np.testing.assert_allclose(
-            costs[row, kept], x**2 / inverse.diagonal(), rtol=1e-2, atol=1e-4
+            costs[row, kept], expected, rtol=1e-2, atol=1e-3 * expected.max()
         )
 
 
@@ -306,8 +308,8 @@ def test_cbs_without_tenure_ends_where_no_swap_helps(
     make_problem: MakeProblem, errors: Errors, pattern: Pattern, start: str
 ) -> None:
     problem = make_problem("correlated", pattern, outputs=4, inputs=16)
-    descent = CBS(candidates=16, tenure=0, tiny=0, start=start)
-    first = make_solver(start).solve(problem).mask
+    descent = CBS(candidates=16, tenure=0, tiny=0, start=make_solver(start))
+    first = descent.start.solve(problem).mask
     least = np.empty(4)
     masks = np.empty((4, 16), bool)
     for row, mask in enumerate(first):
@@ -365,27 +367,23 @@ def test_cbs_goes_uphill_as_tabu_search_does(
 def test_cbs_never_loses_to_its_start(
     make_problem: MakeProblem, errors: Errors, pattern: Pattern
 ) -> None:
-    for kind, start in product(("scaled", "singular", "ties"), ("magnitude", OBS(), "alps")):
+    for kind, start in product(("scaled", "singular", "ties"), (Magnitude(), OBS(), ALPS())):
         problem = make_problem(kind, pattern)
         weight, hessian = arrays(problem)
         first = CBS(start=start, swaps=0).solve(problem)
-        before = errors(problem, first.weight).sum()
         close(first.weight, optimal(weight, first.mask.numpy(), hessian), 2e-2)
+        begun = optimal(weight, make_solver(start).solve(problem).mask.numpy(), hessian)
+        before = errors(problem, torch.from_numpy(begun)).sum()
         after = errors(problem, CBS(start=start).solve(problem).weight).sum()
-        assert after <= before * (1 + 1e-6)
+        assert after <= before * (1 + 1e-4)  # what a refit's tolerance leaves
 
 
 @BOTH
 def test_cbs_leaves_wide_layers_to_its_start(make_problem: MakeProblem, pattern: Pattern) -> None:
     problem = make_problem("correlated", pattern)
     first = Magnitude().solve(problem)
-    assert torch.equal(CBS(start="magnitude", widest=47).solve(problem).mask, first.mask)
-    assert not torch.equal(CBS(start="magnitude", widest=48).solve(problem).mask, first.mask)
-
-
-def test_cbs_start_must_be_known(make_problem: MakeProblem) -> None:
-    with pytest.raises(OptionError, match="solver 'best' is unknown: choose from magnitude, "):
-        CBS(start="best").solve(make_problem("white", NM(2, 4)))
+    assert torch.equal(CBS(start=Magnitude(), widest=47).solve(problem).mask, first.mask)
+    assert not torch.equal(CBS(start=Magnitude(), widest=48).solve(problem).mask, first.mask)
 
 
 @BOTH

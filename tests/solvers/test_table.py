@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.solvers import CBS, IOBS, OBS, PRESETS, SOLVERS, Problem, Solver, Sparse
+from iobs_onnx.solvers import CBS, IOBS, OBS, PRESETS, SOLVERS, Magnitude, Problem, Solver, Sparse
 from iobs_onnx.sparsity import NM, Pattern, Unstructured
 
 MakeProblem = Callable[..., Problem]
@@ -18,7 +18,7 @@ Errors = Callable[[Problem, torch.Tensor], NDArray[np.float64]]
 TABLE: dict[str, Solver] = {
     **{name: solver() for name, solver in SOLVERS.items()},
     "obs rank 16": OBS(rank=16),
-    "cbs from magnitude": CBS(start="magnitude"),
+    "cbs from magnitude": CBS(start=Magnitude()),
     "cbs from iobs": CBS(start=IOBS(growth=1.2)),
 }
 KINDS = ("correlated", "white", "scaled", "singular", "dead", "zero rows", "ties")
@@ -87,7 +87,9 @@ def test_solver_on_every_kind(
             scale = float((weight.double() @ exact).norm())
             assert float((gradient * first.mask).norm()) <= 1e-4 * scale, kind
         if problem.pattern.density == 1.0:
-            assert torch.allclose(first.weight, weight, atol=1e-4), kind
+            # Inputs that are one: λ is 1 % of the mean of the diagonal, so the condition is at
+            # most 100 · 48; times the rounding of float32 and the norm of a row, about 7.
+            assert torch.allclose(first.weight, weight, atol=2e-3), kind
         if kind == "zero rows":
             assert float(first.weight[::3].abs().max()) == 0.0
 

@@ -111,6 +111,16 @@ def distil(
     )
 
 
+def require_trainable(model: ir.Model, feed: Feed) -> None:
+    """Hold a model's evaluation in torch against ONNX Runtime's on a feed.
+
+    Raises:
+        ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match.
+    """
+    find_targets(model, "auto")
+    _evaluator(model, feed, "dense", recompute=False)
+
+
 def _pair(
     dense: ir.Model,
     sparse: ir.Model,

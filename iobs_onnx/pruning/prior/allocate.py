@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.config import PruneConfig
-from iobs_onnx.engine import Place, keep_only, measure_once
 from iobs_onnx.errors import OptionError
 from iobs_onnx.hessian import Hessian, combine
 from iobs_onnx.layer import solve_stacked
 from iobs_onnx.passes import prepare, stored_slots
-from iobs_onnx.runtime import Data
+from iobs_onnx.pruning.prior.measure import keep_only, measure_once
+from iobs_onnx.pruning.records import Run
 from iobs_onnx.site import Site
 from iobs_onnx.solvers import make_solver
 from iobs_onnx.sparsity import Pattern, Unstructured
@@ -52,15 +50,8 @@ class Allocation:
         ]
 
 
-def allocate(
-    dense: ir.Model,
-    sites: Sequence[Site],
-    data: Data,
-    config: PruneConfig,
-    place: Place,
-    device: torch.device,
-) -> Allocation:
-    """Return the pattern of each site: that of `config`, or under `allocate error` its share.
+def allocate(run: Run) -> Allocation:
+    """Return the pattern of each site: that of the options, or under `allocate error` its share.
 
     Then each site's layer error is measured at the fractions of `GRID`, on the dense model's
     activations, by a quick solver. The sum over the sites is then made as small as the same
@@ -69,45 +60,37 @@ def allocate(
     Raises:
         OptionError: the fraction lies beyond those of `GRID`.
     """
-    if config.allocate == "uniform":
-        return Allocation(dict.fromkeys(sites, config.sparsity))
-    removed = 1.0 - config.sparsity.density
+    pattern = run.config.sparsity
+    if run.config.allocate == "uniform":
+        return Allocation(dict.fromkeys(run.sites, pattern))
+    removed = 1.0 - pattern.density
     if not 0.0 < removed < GRID[-1]:
         raise OptionError(
             f"allocate error: errors are measured up to {GRID[-1]:.0%} removed, not at "
-            f"{config.sparsity}; give less, or allocate uniform"
+            f"{pattern}; give less, or allocate uniform"
         )
-    curves = survey(dense, sites, data, config, place, device)
+    curves = survey(run)
     sizes = np.array([site.groups * site.out_features * site.in_features for site in curves])
     fractions = spend(list(curves.values()), sizes, removed)
     shares = {s: Unstructured(float(f)) for s, f in zip(curves, fractions, strict=True)}
-    return Allocation({**dict.fromkeys(sites, config.sparsity), **shares}, curves)
+    return Allocation({**dict.fromkeys(run.sites, pattern), **shares}, curves)
 
 
-def survey(
-    dense: ir.Model,
-    sites: Sequence[Site],
-    data: Data,
-    config: PruneConfig,
-    place: Place,
-    device: torch.device,
-) -> dict[Site, list[float]]:
+def survey(run: Run) -> dict[Site, list[float]]:
     """Return the layer error of each site that rows reach, at the fractions of `GRID`."""
-    model = prepare(dense, sites)
+    model = prepare(run.dense, run.sites)
     stored = stored_slots(model)
     curves: dict[Site, list[float]] = {}
-    walked = measure_once(
-        model, sites, data.calibration, place, device, mask_padding=config.mask_padding
-    )
-    for segment, hessians in walked:
+    for segment, hessians in measure_once(run, model, run.sites):
         for site in segment.sites:
             weight = site.to_matrices(stored[site.initializer].tensor.numpy())
             reached = [hessians[tap] for tap in site.taps if tap in hessians]
             if not reached:
                 continue
             hessian = combine(reached)
-            curves[site] = _curve(torch.from_numpy(weight).to(device), hessian, config.damping)
-        keep_only(hessians, {tap for site in sites if site not in curves for tap in site.taps})
+            matrices = torch.from_numpy(weight).to(run.device)
+            curves[site] = _curve(matrices, hessian, run.config.damping)
+        keep_only(hessians, {tap for site in run.sites if site not in curves for tap in site.taps})
     return curves
 
 

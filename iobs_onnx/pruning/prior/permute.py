@@ -8,10 +8,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from iobs_onnx.config import PruneConfig
-from iobs_onnx.engine import Place, keep_only, measure_once
 from iobs_onnx.hessian import Hessian
-from iobs_onnx.layer import solve_stacked
+from iobs_onnx.layer import absolute_damping, solve_stacked
 from iobs_onnx.passes import (
     Chain,
     find_chains,
@@ -20,7 +18,8 @@ from iobs_onnx.passes import (
     prepare,
     stored_slots,
 )
-from iobs_onnx.runtime import Data
+from iobs_onnx.pruning.prior.measure import keep_only, measure_once
+from iobs_onnx.pruning.records import Run
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import make_solver
 from iobs_onnx.solvers.permutation import search_order
@@ -31,49 +30,33 @@ from iobs_onnx.sparsity import NM
 _JUDGE = ("iobs", "fast")
 
 
-def permuted(
-    dense: ir.Model,
-    sites: Sequence[Site],
-    data: Data,
-    config: PruneConfig,
-    place: Place,
-    device: torch.device,
-) -> tuple[ir.Model, list[dict[str, Any]]]:
-    """Return the model with its free channels in a better order, and what that gained.
+def permuted(run: Run) -> tuple[ir.Model, list[dict[str, Any]]]:
+    """Return the dense model with its free channels in a better order, and what that gained.
 
     Each chain's order is searched with the Hessians of the dense model's activations, and taken
     only where the solved layers have a lower error in it.
 
     Args:
-        dense: unchanged; the result computes the same, to rounding.
-        sites: of the model, to be pruned to `config.sparsity`; they fit the result too.
-        data: its calibration feeds are kept, where they could be read only once.
-        config: nothing is done without `permute`; with it `sparsity` is an N:M pattern.
-        place: where the model runs.
-        device: where Hessians are summed and layers solved.
+        run: its dense model is unchanged; the result computes the same, to rounding, and the
+            run's sites fit it too. Nothing is done without `permute`; with it `sparsity` is an
+            N:M pattern.
 
     Returns:
         The model; and for each chain `sites`, `channels`, `tensors` that were reordered, the layer
         error of its sites `before` and `after`, and whether it was `taken`; for each other site
         the `reason` why the order of its inputs is not free.
     """
-    if not config.permute:
-        return dense, []
-    if not isinstance(data.calibration, Sequence):
-        data.calibration = list(data.calibration)
-        data.batches = len(data.calibration)
-    chains, reasons = find_chains(dense, sites)
-    result, records = load_model(dense), []
+    if not run.config.permute:
+        return run.dense, []
+    chains, reasons = find_chains(run.dense, run.sites)
+    result, records = load_model(run.dense), []
     wanted = [site for chain in chains for site in chain.sites]
-    model = prepare(dense, wanted)
+    model = prepare(run.dense, wanted)
     left = list(chains)
-    walked = measure_once(
-        model, wanted, data.calibration, place, device, mask_padding=config.mask_padding
-    )
-    for _, hessians in walked if wanted else ():
+    for _, hessians in measure_once(run, model, wanted) if wanted else ():
         ready = [c for c in left if all(site.taps[0] in hessians for site in c.sites)]
         for chain in ready:
-            order, record = _order(model, chain, hessians, config, device)
+            order, record = _order(model, chain, hessians, run)
             records.append(record)
             if record["taken"]:
                 permute_channels(result, chain, order.cpu().numpy())
@@ -91,18 +74,19 @@ def _order(
     model: ir.Model,
     chain: Chain,
     hessians: dict[Tap, Hessian],
-    config: PruneConfig,
-    device: torch.device,
+    run: Run,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Search one chain's order and judge it."""
-    pattern = config.sparsity
+    config, pattern = run.config, run.config.sparsity
     assert isinstance(pattern, NM), "options that do not fit are refused before"
     stored = stored_slots(model)
     layers = []
     for site in chain.sites:
         matrices = site.to_matrices(stored[site.initializer].tensor.numpy())
         # Chains hold sites of one group that read one tap.
-        layers.append((torch.from_numpy(matrices[0]).to(device), hessians[site.taps[0]].matrix[0]))
+        layers.append(
+            (torch.from_numpy(matrices[0]).to(run.device), hessians[site.taps[0]].matrix[0])
+        )
     scores = [_scores(weight, hessian, config.damping) for weight, hessian in layers]
     # Columns are kernel positions, then channels: every position is as many rows more.
     by_channel = torch.cat([score.reshape(-1, chain.channels) for score in scores])
@@ -123,8 +107,7 @@ def _order(
 def _scores(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Return the OBS cost of removing each weight alone, `w² / [H⁻¹]_jj`."""
     damped = hessian.clone()
-    level = float(hessian.diagonal().mean())
-    damped.diagonal().add_(damping * level if level > 0 else 1.0)
+    damped.diagonal().add_(absolute_damping(damping, hessian))
     return weight.square() / inverse(damped, "H + λI").diagonal()
 
 

@@ -183,6 +183,29 @@ def rounds(trace: Sequence[Row]) -> Markup:
     return draw("rounds", "Worth of every round", paint, height=240)
 
 
+def distillation(curve: Sequence[Sequence[float | None]]) -> Markup:
+    """Draw the held-out loss over the steps of distillation; the least is marked.
+
+    Args:
+        curve: step, training loss and held-out loss of every check.
+    """
+    steps = [_shown(point[0]) for point in curve]
+    losses = [_shown(point[2]) for point in curve]
+
+    def paint(axes: Axes, narrow: bool) -> None:
+        axes.plot(steps, losses, color=ACCENT, linewidth=1.8)
+        axes.axhline(losses[0], color=MUTED, linewidth=1, linestyle=(0, (4, 4)))
+        best = min(
+            range(len(losses)), key=lambda i: float("inf") if isnan(losses[i]) else losses[i]
+        )
+        axes.scatter([steps[best]], [losses[best]], s=64, color=ACCENT, zorder=3)
+        _log_or_linear(axes, losses)
+        axes.set_title("Held-out loss by step")
+        axes.set_xlabel("step")
+
+    return draw("distillation", "Held-out loss of distillation", paint, height=240)
+
+
 def runs(names: Sequence[str], reports: Sequence[Row]) -> Markup:
     """Draw the layer errors of several runs by depth, over the sites that all of them pruned."""
     errors = [{site["name"]: site["layer_error"] for site in r["sites"]} for r in reports]

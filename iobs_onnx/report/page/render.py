@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from iobs_onnx.errors import OptionError
+from iobs_onnx.passes import replacing
 from iobs_onnx.report.page import figures
 from iobs_onnx.report.page.comparison import Comparison
 from iobs_onnx.report.page.words import breakable, clamp, count_of, duration, option_text, show
@@ -31,6 +32,7 @@ def render_report(report: Report) -> str:
     compare = options["compare"]
     ratios = [site["error_ratio"] for site in sites if site["error_ratio"] is not None]
     trace = report.get("rounds") or []
+    curve = (report.get("distillation") or {}).get("curve") or []
     trace = trace if len(trace) > 1 else []
     shares = report.get("allocation") or []
     drawn = {
@@ -39,6 +41,7 @@ def render_report(report: Report) -> str:
         "allocation": shares and figures.allocation(shares, sites),
         "ratios": ratios and figures.ratios(sites, compare),
         "rounds": trace and figures.rounds(trace),
+        "distillation": curve and figures.distillation(curve),
     }
     sections = [
         ("summary", "Summary"),
@@ -47,6 +50,7 @@ def render_report(report: Report) -> str:
         *([("allocation", "Allocation")] if shares else []),
         *([("against", f"Against {compare}")] if ratios else []),
         *([("rounds", "Rounds")] if trace else []),
+        *([("distillation", "Distillation")] if curve else []),
         ("mask", "Masks"),
         ("deployment", "Deployment"),
         ("table", "Table"),
@@ -117,9 +121,8 @@ def write_page(path: str | os.PathLike[str], html: str) -> Path:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.part")
-        beside.write_bytes(html.encode("utf-8", "backslashreplace"))
-        os.replace(beside, target)
+        with replacing(target) as beside:
+            beside.write_bytes(html.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise OptionError(f"page {path}: cannot be written ({error.strerror})") from error
     return target
@@ -153,7 +156,9 @@ def _warnings(report: Report) -> list[str]:
     """Return what a reader must know before trusting the figures, a line each."""
     lines = [*report["calibration"]["notes"], *report["deployment"]["warnings"]]
     if kept := report["calibration"]["padding_kept"]:
-        lines.append(f"padding counts in {', '.join(kept)}: their shape hides which rows are")
+        lines.append(
+            f"padding counts in {', '.join(kept)}: their shape does not show which rows are padding"
+        )
     if report["model"]["checker"] != "passed":
         lines.append(
             f"onnx.checker refuses the dense model, as it did before: {report['model']['checker']}"

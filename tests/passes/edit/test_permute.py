@@ -96,7 +96,8 @@ def test_another_order_computes_the_same(make, run, name):
     assert "v" in {site.initializer for site in chain.sites}
     order = RNG.permutation(8)
     permute_channels(model, chain, order)
-    np.testing.assert_allclose(run(model, x)["y"], expected, rtol=1e-4, atol=1e-5)
+    # Sums of some 100 terms of order one in another order.
+    np.testing.assert_allclose(run(model, x)["y"], expected, rtol=1e-4, atol=1e-4)
     axis = dict(chain.slices)["v"]
     now = model.graph.initializers["v"].const_value.numpy()
     assert np.array_equal(now, stored["v"].take(order, axis))

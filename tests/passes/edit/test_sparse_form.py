@@ -149,7 +149,7 @@ def test_masks_lie_beside_the_model(tmp_path: Path) -> None:
         assert np.array_equal(mask, stored[name] != 0)
         assert (mask.reshape(4, 4, 16).sum(1) == 2).all()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", mask_file(path).name]
-    with pytest.raises(OptionError, match="emit mask: the masks lie beside the model"):
+    with pytest.raises(OptionError, match="emit mask: the masks go beside the model"):
         iobs_onnx.prune(two_layers(), calibration=FEEDS, sparsity="2:4", emit="mask")
 
 

@@ -109,7 +109,7 @@ def test_external_data_outside_the_folder(external, tmp_path, how):
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("m\0.bin", "is no name of a file"),
+        ("m\0.bin", "is not a file name"),
         ("", "not a regular file"),
         ("folder", "not a regular file"),
         ("n" * 300, "cannot be read .File name too long"),

@@ -1,5 +1,6 @@
 """Saving: what is kept to the bit, what stays outside, what is refused."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -359,7 +360,7 @@ def test_failure_leaves_the_old_output_and_nothing_else(external, tmp_path, monk
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    target = load_save.protos if fails == "to_proto" else load_save.os
+    target = load_save.protos if fails == "to_proto" else os
     monkeypatch.setattr(target, fails, fail)
     with pytest.raises(OptionError, match=r"cannot be written .No space left"):
         save_model(model, out / "m.onnx")

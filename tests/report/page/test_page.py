@@ -285,9 +285,19 @@ def test_a_page_never_replaces_its_report(run: Path, capsys) -> None:
 
 
 def test_runs_are_named_by_what_tells_them_apart() -> None:
-    from iobs_onnx.commands.report import run_names
+    from iobs_onnx.commands.compare import run_names
 
     assert run_names(["x/a/report.json", "x/b/report.json"]) == ["a", "b"]
     assert run_names(["x/a/r/report.json", "x/b/r/report.json"]) == ["a", "b"]
     assert run_names(["a.json", "b.json"]) == ["a", "b"]
     assert run_names(["x/a/r1.json", "x/b/r1.json", "x/b/r2.json"]) == ["a/r1", "b/r1", "b/r2"]
+
+
+def test_the_curve_of_distillation_is_drawn_where_there_is_one(report: dict[str, Any]) -> None:
+    assert 'id="distillation"' not in render_report(report)
+    facts = {"steps": 20, "before": 0.5, "after": 0.2, "accepted": True, "notes": []}
+    curve = [[0, None, 0.5], [10, 0.4, 0.2], [20, 0.1, 0.3]]
+    html = render_report({**report, "distillation": {**facts, "curve": curve}})
+    assert 'id="distillation"' in html
+    assert "Held-out loss by step" in html
+    assert "held-out loss 0.5 before, 0.2 after" in html

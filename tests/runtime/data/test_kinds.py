@@ -202,7 +202,7 @@ def test_channels_last_grey_and_other_types(pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ('{"do_pad": true}', "do_pad is not known here"),
+        ('{"do_pad": true}', "do_pad is not supported"),
         ('{"size": {"longest_edge": 3}}', "KeyError 'height'"),
         ("[]", "expected a JSON object"),
         ("{", "cannot be read as JSON"),

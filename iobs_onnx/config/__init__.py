@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from iobs_onnx.config.checks import (
+    Check,
+    as_given,
+    boolean,
+    bound,
+    finite,
+    globs,
+    integer,
+    number,
+    one_of,
+    parse_bytes,
+    path,
+    seconds,
+    share,
+    share_below_one,
+)
 from iobs_onnx.errors import OptionError
 from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 
@@ -22,9 +34,17 @@ SOLVER_NAMES = (
 )
 
 
-def _option(default: Any, text: str, **how: Any) -> Any:
-    """A field with its help text and, in `how`, what argparse needs to read it."""
-    return field(default=default, metadata={"help": text, "how": how})
+def _option(default: Any, text: str, check: Check = as_given, **how: Any) -> Any:
+    """A field with its help text, its check and, in `how`, what argparse needs to read it.
+
+    Choices and switches are checked as such. Where None is the default it means "not given", and
+    is not checked.
+    """
+    if "choices" in how:
+        check = one_of(how["choices"])
+    elif "action" in how and how["action"].startswith("store_"):
+        check = boolean
+    return field(default=default, metadata={"help": text, "check": check, "how": how})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +59,7 @@ class PruneConfig:
         metadata={
             "help": "2:4, any N:M (N kept of M consecutive inputs), or the fraction removed: "
             "0.7 or 70%%",
+            "check": lambda _, value: parse_sparsity(value),
             "how": {"metavar": "PATTERN"},
         }
     )
@@ -52,17 +73,20 @@ class PruneConfig:
         None,
         "calibrate on text: a file with one text a line, a .jsonl with a field text, or a "
         "directory of both",
+        check=path,
         metavar="PATH",
     )
     tokenizer: str | None = _option(
         None,
         "tokenizer.json for --text (default: the one beside the model)",
+        check=path,
         metavar="FILE",
     )
     sequence_length: int | None = _option(
         None,
         "tokens in a text, samples in a piece of audio, or size of a dynamic axis of random data "
         "(default: what the model fixes, else 128; one second of audio)",
+        check=integer(1),
         type=int,
         metavar="N",
     )
@@ -70,6 +94,7 @@ class PruneConfig:
         None,
         "first token of every text that --calibration self writes, where the model was trained to "
         "see one (default: one drawn for each text)",
+        check=integer(0),
         type=int,
         metavar="ID",
     )
@@ -79,37 +104,51 @@ class PruneConfig:
         action="store_true",
     )
     images: str | None = _option(
-        None, "calibrate on the images below this directory", metavar="DIR"
+        None, "calibrate on the images below this directory", check=path, metavar="DIR"
     )
     audio: str | None = _option(
-        None, "calibrate on the recordings below this directory", metavar="DIR"
+        None, "calibrate on the recordings below this directory", check=path, metavar="DIR"
     )
     preprocess: str | None = _option(
         None,
         "preprocessor_config.json for --images or --audio (default: the one beside the model)",
+        check=path,
         metavar="FILE",
     )
     samples: int | None = _option(
         None,
         "calibrate on this many samples: rows, texts, images, pieces of audio, else feeds "
         "(default: all but those held out)",
+        check=integer(1),
         type=int,
         metavar="N",
     )
     batch_size: int | None = _option(
         None,
         "samples in a batch, except of ready-made feeds (default: what the model fixes, else 16)",
+        check=integer(1),
         type=int,
         metavar="N",
     )
     include: tuple[str, ...] = _option(
-        (), "prune only sites whose name matches", action="append", metavar="GLOB"
+        (),
+        "prune only sites whose name matches",
+        check=globs,
+        action="append",
+        metavar="GLOB",
     )
     exclude: tuple[str, ...] = _option(
-        (), "leave sites whose name matches as they are", action="append", metavar="GLOB"
+        (),
+        "leave sites whose name matches as they are",
+        check=globs,
+        action="append",
+        metavar="GLOB",
     )
     damping: float = _option(
-        0.01, "added to the Hessian's diagonal, as a fraction of its mean", type=float
+        0.01,
+        "added to the Hessian's diagonal, as a fraction of its mean",
+        check=finite,
+        type=float,
     )
     sequential: Literal["none", "segment", "site"] = _option(
         "site",
@@ -130,21 +169,29 @@ class PruneConfig:
         action="store_false",
     )
     learning_rate: float = _option(
-        0.5, "how far each step goes towards the target: 0 not at all, 1 all the way", type=float
+        0.5,
+        "how far each step goes towards the target: 0 not at all, 1 all the way",
+        check=finite,
+        type=float,
     )
     bias_compensation: float = _option(
-        0.5, "the share of a site's mean error that its bias makes up for", type=float
+        0.5,
+        "the share of a site's mean error that its bias makes up for",
+        check=share,
+        type=float,
     )
     random_tokens: float = _option(
         0.3,
         "share of the calibration that is random tokens, for models that look up tokens: keeps "
         "the pruned model from fitting the calibration text too closely",
+        check=share_below_one,
         type=float,
     )
     rounds: int = _option(
         1,
         "walks through the model, each on its own part of the calibration data; the one with the "
         "best metric, or else the lowest held-out error, is written",
+        check=integer(1),
         type=int,
         metavar="T",
     )
@@ -152,8 +199,24 @@ class PruneConfig:
         0.0,
         "with --rounds: what earlier rounds measured counts this much in the next, from 0 (not at "
         "all) to 1 (as much as what is new)",
+        check=share,
         type=float,
         metavar="F",
+    )
+    distill: Literal["none", "model"] = _option(
+        "none",
+        "train what is kept, biases and norms towards the dense model's outputs, without labels; "
+        "taken only if the held-out loss falls. With --calibration self the model goes on writing",
+        choices=("none", "model"),
+    )
+    distill_steps: int = _option(
+        400, "steps of --distill, each on one batch", check=integer(1), type=int, metavar="N"
+    )
+    distill_time: float | None = _option(
+        None,
+        "in place of --distill-steps: as many as fit into this: 90s, 20min, 1.5h",
+        check=seconds,
+        metavar="TIME",
     )
     allocate: Literal["uniform", "error"] = _option(
         "uniform",
@@ -167,18 +230,23 @@ class PruneConfig:
         metavar="MODULE:CALLABLE",
     )
     min_metric: float | None = _option(
-        None, "leave the costliest sites dense until the metric is at least this", type=float
+        None,
+        "leave the costliest sites dense until the metric is at least this",
+        check=number,
+        type=float,
     )
     budget_error: float | None = _option(
         None,
         "leave the costliest sites dense until the mean relative error of the outputs on held-out "
         "samples is at most this",
+        check=bound,
         type=float,
     )
     memory_budget: int | None = _option(
         None,
         "bytes of weights and Hessians in a segment, and of activations between two: 2GB, 500MB "
         "(default: a quarter of the machine's memory)",
+        check=lambda _, value: parse_bytes(value),
         metavar="SIZE",
     )
     permute: bool = _option(
@@ -215,50 +283,21 @@ class PruneConfig:
         None,
         "write nothing, and exit with 4, where the relative error of an output on held-out samples "
         "is above this",
+        check=bound,
         type=float,
         metavar="X",
     )
-    seed: int = _option(0, "chooses samples where not all are used", type=int, metavar="N")
+    seed: int = _option(
+        0, "chooses samples where not all are used", check=integer(0), type=int, metavar="N"
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sparsity", parse_sparsity(self.sparsity))
-        for name in ("include", "exclude"):
-            value = getattr(self, name)
-            globs = (value,) if isinstance(value, str) else tuple(value or ())
-            object.__setattr__(self, name, globs)
-        object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget))
         for option in dataclasses.fields(self):
-            if "choices" in option.metadata["how"]:
-                self._require_choice(option.name)
+            value = getattr(self, option.name)
+            if value is not None or option.default is not None:
+                kept = option.metadata["check"](option.name, value)
+                object.__setattr__(self, option.name, kept)
         self._require_company()
-        for name in ("text", "tokenizer", "images", "audio", "preprocess"):
-            if not isinstance(value := getattr(self, name), str | os.PathLike | None):
-                raise OptionError(f"{name} {value!r}: expected a path")
-            object.__setattr__(self, name, None if value is None else os.fspath(value))
-        for name in ("samples", "batch_size", "sequence_length", "rounds", "start_token", "seed"):
-            self._require_integer(name, least=0 if name in ("start_token", "seed") else 1)
-        self._require_numbers()
-        for name in ("mask_padding", "residual", "pack"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
-
-    def _require_numbers(self) -> None:
-        shares = ("bias_compensation", "forgetting_factor", "random_tokens")
-        for name in ("damping", "learning_rate", *shares):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < float("inf"):
-                raise OptionError(f"{name} {value!r}: expected a number of at least 0")
-        for name in shares:
-            value, below = getattr(self, name), name == "random_tokens"
-            if value > 1 or (below and value == 1):
-                most = "below" if below else "at most"
-                raise OptionError(f"{name} {value!r}: expected a share {most} 1")
-        for name in ("max_output_error", "budget_error"):
-            self._require_bound(name)
-        for name in ("mask_padding", "residual", "pack", "permute"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} {getattr(self, name)!r}: expected true or false")
 
     def _require_company(self) -> None:
         """Refuse options that mean nothing beside the others."""
@@ -276,8 +315,14 @@ class PruneConfig:
                 f"forgetting_factor {self.forgetting_factor}: one round has none before it; give "
                 "rounds"
             )
-        if not isinstance(self.min_metric, int | float | None):
-            raise OptionError(f"min_metric {self.min_metric!r}: expected a number")
+        if self.distill != "none" and self.quantize is not None:
+            raise OptionError(
+                f"distill {self.distill}: trains float weights, not those of quantize "
+                f"{self.quantize}; leave one of them out"
+            )
+        for name, unset in (("distill_steps", 400), ("distill_time", None)):
+            if self.distill == "none" and (value := getattr(self, name)) != unset:
+                raise OptionError(f"{name} {value}: goes with distill model")
         if self.min_metric is not None and self.metric is None:
             raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
         if self.allocate == "error" and isinstance(self.sparsity, NM):
@@ -285,26 +330,6 @@ class PruneConfig:
                 f"allocate error: {self.sparsity} is the same for every site by its nature; give "
                 "a fraction removed, such as 50%"
             )
-
-    def _require_choice(self, name: str) -> None:
-        options = next(f for f in dataclasses.fields(self) if f.name == name)
-        value, choices = getattr(self, name), options.metadata["how"]["choices"]
-        optional = options.default is None
-        if value not in choices and not (optional and value is None):
-            raise OptionError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
-
-    def _require_bound(self, name: str) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and value >= 0):
-            raise OptionError(f"{name} {value!r}: expected a number of at least 0")
-
-    def _require_integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("samples", "batch_size", "sequence_length", "start_token"):
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise OptionError(f"{name} {value!r}: expected an integer of at least {least}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return every option as JSON types, for the report."""
@@ -315,23 +340,6 @@ class PruneConfig:
             "include": list(self.include),
             "exclude": list(self.exclude),
         }
-
-
-def parse_bytes(size: int | str | None) -> int | None:
-    """Read `2GB`, `500MB`, `64KiB` or a number of bytes.
-
-    Raises:
-        OptionError: it is none of these.
-    """
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
-        return size
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(size).upper())
-    number = int(float(found[1]) * units[found[2] or ""]) if found else 0
-    if number < 1:
-        raise OptionError(f"memory_budget {size!r}: expected a size such as 2GB or 500MB")
-    return number
 
 
 def make_config(options: Mapping[str, Any]) -> PruneConfig:
@@ -345,24 +353,6 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
     if "sparsity" not in options:
         raise OptionError("sparsity is missing: give 2:4, any N:M, or the fraction removed")
     return PruneConfig(**options)
-
-
-def read_toml(path: str | Path, known: list[str]) -> dict[str, Any]:
-    """Return the options in a TOML file; `-` and `_` in keys are the same.
-
-    Raises:
-        OptionError: the file cannot be read, is not TOML, or holds a key that is not `known`.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            table = tomllib.load(file)
-    except OSError as error:
-        raise OptionError(f"config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"config {path}: not TOML: {error}") from error
-    options = {key.replace("-", "_"): value for key, value in table.items()}
-    require_known(options, known, f"config {path}: key")
-    return options
 
 
 def require_known(options: Mapping[str, Any], known: list[str], what: str) -> None:

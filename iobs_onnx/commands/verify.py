@@ -1,0 +1,87 @@
+"""`iobs-onnx verify`: does a model hold its pattern, and does it still compute?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from iobs_onnx.config import PruneConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from iobs_onnx.verification import Verification
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser(
+        "verify",
+        help="check a sparse model",
+        description="Check that a model holds a pattern and that its outputs are finite.",
+    )
+    command.set_defaults(run=_run)
+    command.add_argument("sparse", metavar="SPARSE")
+    command.add_argument("--sparsity", metavar="PATTERN", help="the pattern every site must hold")
+    command.add_argument("--dense", metavar="MODEL", help="compare outputs with this; needs --data")
+    command.add_argument("--data", metavar="DATA", help="feeds, as for prune --calibration")
+    for name in ("include", "exclude", "provider"):
+        option = next(f for f in dataclasses.fields(PruneConfig) if f.name == name)
+        command.add_argument(f"--{name}", default=option.default or None, **option.metadata["how"])
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from iobs_onnx.verification import verify
+
+    result = verify(
+        arguments.sparse,
+        sparsity=arguments.sparsity,
+        dense=arguments.dense,
+        data=arguments.data,
+        include=arguments.include or (),
+        exclude=arguments.exclude or (),
+        provider=arguments.provider,
+    )
+    if arguments.json:
+        print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
+        return 0 if result.ok else 1
+
+    from iobs_onnx.commands.console import make_console
+    from iobs_onnx.report.tables import declined_table
+
+    console = make_console()
+    console.print(_sites_table(result))
+    if result.declined:
+        console.print(declined_table(result.as_dict()["declined"]))
+    for output in result.outputs:
+        console.print(_output_line(output))
+    if not result.outputs:
+        console.print("outputs were not checked: give --data to run the model")
+    for failure in result.failures:
+        console.print(f"FAILED {failure}", style="bold red", soft_wrap=True)
+    console.print("verified" if result.ok else f"{len(result.failures)} checks failed")
+    return 0 if result.ok else 1
+
+
+def _sites_table(result: Verification) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{len(result.sites)} weights")
+    for heading in ("site", "shape", "zeros", "holds 2:4", f"beyond {result.pattern or 'claim'}"):
+        table.add_column(heading, overflow="fold")
+    for site in result.sites:
+        holds = {True: "yes", False: "no", None: "cannot"}[site.holds_2_4]
+        beyond = "–" if site.violations is None else str(site.violations)
+        shape = " × ".join(map(str, site.shape))
+        table.add_row(site.name, shape, f"{site.sparsity:.1%}", holds, beyond)
+    return table
+
+
+def _output_line(output: dict[str, Any]) -> str:
+    near = ""
+    if output["cosine"] is not None:
+        near = f": relative error {output['relative_error']:.4f}, cosine {output['cosine']:.4f}"
+    return f"output {output['name']}{near}, {'' if output['finite'] else 'NOT '}finite"

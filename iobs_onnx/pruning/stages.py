@@ -1,0 +1,118 @@
+"""What is done to a segment once it is measured, and to the model once it is walked.
+
+A stage proposes, and says what its proposal is worth on data that it was not made from. Whether it
+is taken, that it is kept on disk, and how far it is are the affair of the walk
+(:mod:`iobs_onnx.pruning.walk`) and of :func:`run_model_stages`: each is handled there, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from iobs_onnx.hessian import Cross, Hessian
+from iobs_onnx.passes import Segment, Slot, Surroundings
+from iobs_onnx.pruning.judge import Verdict
+from iobs_onnx.pruning.records import Run, SolvedSite
+from iobs_onnx.site import Site, Tap
+
+
+@dataclass(frozen=True)
+class Work:
+    """A segment that is measured, as a stage finds it.
+
+    Attributes:
+        run: what all of the run shares.
+        segment: of the graph.
+        hessians: of the segment's taps; one in a body that never ran is missing.
+        residuals: for a tap and the stream beside it; missing where their rows do not fit.
+        surroundings: the biases that may be moved, of every site.
+        stored: the tensors of the dense model, by name.
+        start: what the stages before, or else the rounds before, made of sites; those that are
+            missing are dense.
+    """
+
+    run: Run
+    segment: Segment
+    hessians: Mapping[Tap, Hessian]
+    residuals: Mapping[tuple[Tap, Tap], Cross]
+    surroundings: Mapping[Site, Surroundings]
+    stored: Mapping[str, Slot]
+    start: Mapping[Site, SolvedSite]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a stage would make of sites.
+
+    Attributes:
+        sites: as they would be; those that are missing stay as they are.
+        before, after: held-out error without and with it; None where there is nothing to choose,
+            as the first stage has to make sites sparse.
+    """
+
+    sites: Mapping[Site, SolvedSite]
+    before: float | None = None
+    after: float | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it is taken: the held-out error falls, or there is nothing to choose."""
+        return self.before is None or (self.after is not None and self.after < self.before)
+
+
+class SegmentStage(Protocol):
+    """Something done to every segment of a walk, after it is measured and before the next."""
+
+    @property
+    def name(self) -> str:
+        """Of its records on disk, and of its seconds in the report."""
+
+    def run(self, work: Work, advance: Callable[[], None]) -> Proposal:
+        """Propose what becomes of the segment's sites.
+
+        Args:
+            work: the segment.
+            advance: to be called once for each of its sites.
+
+        Raises:
+            IobsError: with the name of the site.
+        """
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model as pruned so far.
+
+    Attributes:
+        sites: what became of those that are sparse.
+        verdict: what the model with them is worth.
+        tensors: other stored tensors that changed, by name.
+        distillation: of `report.json`; None where none was asked for.
+    """
+
+    sites: Mapping[Site, SolvedSite]
+    verdict: Verdict
+    tensors: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
+    distillation: dict[str, Any] | None = None
+
+
+class ModelStage(Protocol):
+    """Something done to the whole model after the last round."""
+
+    @property
+    def name(self) -> str:
+        """Of its records on disk."""
+
+    def run(self, run: Run, pruned: Pruned) -> Pruned:
+        """Return the model as it is after the stage, judged; `pruned` itself if nothing changes."""
+
+
+def run_model_stages(run: Run, pruned: Pruned, stages: Sequence[ModelStage]) -> Pruned:
+    """Run stages in their order."""
+    for stage in stages:
+        pruned = stage.run(run, pruned)
+    return pruned

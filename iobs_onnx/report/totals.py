@@ -1,0 +1,53 @@
+"""What the sites of a report come to together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from iobs_onnx.report.site_report import SiteReport
+
+# Below this the smallest eigenvalues of a Hessian are those of the sample, not of the data.
+_ROWS_PER_INPUT = 4
+
+
+def too_few_rows(sites: Sequence[SiteReport]) -> list[str]:
+    """Say which Hessians rest on too few rows to trust: they fit noise of the calibration data."""
+    few = [site for site in sites if site.rows < _ROWS_PER_INPUT * site.in_features]
+    if not few:
+        return []
+    worst = min(few, key=lambda site: site.rows / site.in_features)
+    return [
+        f"{len(few)} of {len(sites)} sites saw fewer than {_ROWS_PER_INPUT} rows (tokens, patches) "
+        f"an input, the least {worst.name!r}: {worst.rows} rows for {worst.in_features} inputs; "
+        "calibrate on more samples"
+    ]
+
+
+def totals_of(sites: Sequence[SiteReport], declined: int) -> dict[str, Any]:
+    """Return `totals` of `report.json`, of sites and of how many candidates were declined."""
+    weights = {site.initializer: math.prod(site.shape) for site in sites}
+    zeros = sum(round(site.sparsity * math.prod(site.shape)) for site in sites)
+    return {
+        "sites": len(sites),
+        "declined": declined,
+        "eligible_2_4": sum(site.eligible_2_4 for site in sites),
+        "weights": sum(weights.values()),
+        "zeros": zeros,
+        "sparsity": zeros / sum(weights.values()),
+        "layer_error_geomean": geomean([site.layer_error for site in sites]),
+        "nearest_error_geomean": geomean(
+            [site.nearest_error for site in sites if site.nearest_error is not None]
+        ),
+        "error_ratio_geomean": geomean(
+            [site.error_ratio for site in sites if site.error_ratio is not None]
+        ),
+    }
+
+
+def geomean(values: Sequence[float]) -> float | None:
+    """Geometric mean; None for no values, 0 where one is 0."""
+    if not values:
+        return None
+    return math.exp(math.fsum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
