@@ -129,7 +129,7 @@ def own_text(shared: Path, made: Path, count: int, seed: int) -> np.ndarray[Any,
     """Return texts of 256 tokens, sampled from the softmax of stories15M; `(count, 256)`.
 
     The ONNX file has no cache of keys and values. The same weights in transformers have one, and
-    write the same text a hundred times as fast.
+    need not compute a text anew for each of its tokens.
     """
     file = made / f"stories15m-text-{seed}-{count}.npy"
     if file.exists():
