@@ -168,7 +168,7 @@ def varied(feed: Feed, tokens: NDArray[np.generic], random: np.random.Generator)
             other = feed[IDS][random.integers(count)]
             row[1:] = np.concatenate([row[place + 1 :], other[:place]])
         if random.random() < _SHARE:
-            chosen = random.random(length) < _REPLACED
+            chosen = np.less(random.random(length), _REPLACED)
             chosen[0] = False
             row[chosen] = random.choice(tokens, int(chosen.sum()))
     return {**feed, IDS: rows}
