@@ -24,7 +24,7 @@ from quality_tasks import TASKS, Task, found, perplexity
 
 import iobs_onnx
 from iobs_onnx.passes import find_sites, load_model, rewrite, save_model
-from iobs_onnx.pruning.distil import DistilSettings, distil, endless, kept_masks, mirrored
+from iobs_onnx.pruning.distil import DistilSettings, distil, endless, kept_masks, mirrored, varied
 
 ROOT = Path(__file__).resolve().parents[1]
 Feed = dict[str, Any]
@@ -111,14 +111,25 @@ def stories_data(task: Task, options: Any) -> tuple[Iterator[Feed], list[Feed]]:
     batch = options.batch or 4
     feeds = [{"input_ids": rows[at : at + batch]} for at in range(16, len(rows), batch)]
     held_out = [{"input_ids": rows[at : at + 4]} for at in range(0, 16, 4)]
-    return endless(feeds, options.seed), held_out
+    return _read_again(
+        endless(feeds, options.seed), len(feeds), rows[16:, 1:], options.seed
+    ), held_out
+
+
+def _read_again(
+    feeds: Iterator[Feed], fresh: int, tokens: np.ndarray[Any, Any], seed: int
+) -> Iterator[Feed]:
+    """Yield each text as it is once, and then other versions of it, as `distil self` does."""
+    random, pool = np.random.default_rng(seed), tokens.ravel()
+    for index, feed in enumerate(feeds):
+        yield feed if index < fresh else varied(feed, pool, random)
 
 
 def own_text(shared: Path, made: Path, count: int, seed: int) -> np.ndarray[Any, Any]:
     """Return texts of 256 tokens, sampled from the softmax of stories15M; `(count, 256)`.
 
     The ONNX file has no cache of keys and values. The same weights in transformers have one, and
-    write the same text a hundred times as fast.
+    need not compute a text anew for each of its tokens.
     """
     file = made / f"stories15m-text-{seed}-{count}.npy"
     if file.exists():

@@ -4,7 +4,7 @@
 masks fixed. Not to be confused with `iobs_onnx.recovery`, which holds sparse-recovery algorithms.
 """
 
-from iobs_onnx.pruning.distil.feeds import endless, mirrored, written
+from iobs_onnx.pruning.distil.feeds import endless, mirrored, varied, written
 from iobs_onnx.pruning.distil.model import distil
 from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings, Loss
 from iobs_onnx.pruning.distil.trained import kept_masks
@@ -17,5 +17,6 @@ __all__ = [
     "endless",
     "kept_masks",
     "mirrored",
+    "varied",
     "written",
 ]

@@ -6,15 +6,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError
 from iobs_onnx.runtime import Feed, InputSpec, SelfSamples
+from iobs_onnx.runtime.data.tokens import IDS
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 # A mirrored image is an image where its last axis is its width.
 _IMAGE_RANK = 4
+# Of texts read again: those that are cut and joined, those with other tokens, and these tokens.
+_SHARE, _REPLACED = 0.5, 0.15
 
 
 def endless(feeds: Iterable[Feed], seed: int = 0) -> Iterator[Feed]:
@@ -101,7 +105,8 @@ def written(
     """Yield text that a causal language model goes on writing, for ever.
 
     A chunk of texts is written when all that were written before have been read `reuse` times;
-    what is read in between is drawn from all of them. See :class:`iobs_onnx.runtime.SelfSamples`.
+    what is read in between is drawn from all of them, :func:`varied`.
+    See :class:`iobs_onnx.runtime.SelfSamples`.
 
     Args:
         session: of the dense model; with a cache of past keys and values writing is cheap.
@@ -118,7 +123,7 @@ def written(
         DataError: the model is no causal language model.
         OptionError: `start` is no token.
     """
-    ids = next((spec for spec in inputs if spec.name == "input_ids"), None)
+    ids = next((spec for spec in inputs if spec.name == IDS), None)
     fixed = ids.shape[0] if ids is not None and ids.shape else None
     batch = fixed or batch
     chunk = -(-chunk // batch) * batch
@@ -139,5 +144,31 @@ def written(
         fresh = [samples.feed(range(at, at + batch)) for at in range(0, chunk, batch)]
         pool += fresh
         yield from fresh
+        seen = np.concatenate([feed[IDS][:, 1:].ravel() for feed in pool])
         for _ in range((reuse - 1) * len(fresh)):
-            yield pool[random.integers(len(pool))]
+            yield varied(pool[random.integers(len(pool))], seen, random)
+
+
+def varied(feed: Feed, tokens: NDArray[np.generic], random: np.random.Generator) -> Feed:
+    """Return texts that were read before as others, whose targets are no longer known by heart.
+
+    Half of the texts go on, behind their first token, from a place within, and end in the beginning
+    of another one; in half, one token in seven is another one. All have full length, unpadded.
+
+    Args:
+        feed: with `input_ids`, `(batch, length)`; all other inputs stay.
+        tokens: what replaces tokens, as often as each stands there.
+        random: decides.
+    """
+    rows = feed[IDS].copy()
+    count, length = rows.shape
+    for row in rows:
+        if length > 2 and random.random() < _SHARE:
+            place = int(random.integers(1, length - 1))
+            other = feed[IDS][random.integers(count)]
+            row[1:] = np.concatenate([row[place + 1 :], other[:place]])
+        if random.random() < _SHARE:
+            chosen = np.less(random.random(length), _REPLACED)
+            chosen[0] = False
+            row[chosen] = random.choice(tokens, int(chosen.sum()))
+    return {**feed, IDS: rows}
