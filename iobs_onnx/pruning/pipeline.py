@@ -34,12 +34,12 @@ from iobs_onnx.pruning.records import Run
 from iobs_onnx.pruning.rounds import UNREACHED, Rounds
 from iobs_onnx.pruning.selection import decline, select
 from iobs_onnx.pruning.solve import Solve
-from iobs_onnx.pruning.sources import calibration_sources
+from iobs_onnx.pruning.sources import calibration_sources, open_sources
 from iobs_onnx.pruning.stages import ModelStage, Pruned
 from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
-from iobs_onnx.runtime import Data, InputSpec, input_specs, join, open_data
+from iobs_onnx.runtime import Data, input_specs
 from iobs_onnx.site import Candidates, Declined
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -112,7 +112,10 @@ def prune(
     require_form(dense, output, config.emit)
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
-    data = _open(sources, holdout, input_specs(dense), config)
+    data = open_sources(sources, holdout, input_specs(dense), config)
+    once = (config.rounds, config.allocate, config.permute, config.distill)
+    if once != (1, "uniform", False, "none"):  # these read the feeds more than once
+        data = data.in_memory()
     if config.distill == "model":
         require_distillable(dense, data)
     with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
@@ -205,27 +208,6 @@ def _left_dense(run: Run, reached: Pruned, final: Pruned) -> list[Declined]:
         for site in run.sites
         if site not in final.sites
     ]
-
-
-def _open(
-    sources: Sequence[Any], holdout: Any, inputs: Sequence[InputSpec], config: PruneConfig
-) -> Data:
-    """Open all sources of calibration data, and the one that only judges."""
-    parts = [
-        open_data(
-            source,
-            inputs,
-            samples=config.samples,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            **({} if holdout is None else {"holdout": 0}),
-        )
-        for source in sources
-    ]
-    judging = None if holdout is None else open_data(holdout, inputs, holdout=0)
-    data = join(parts, judging)
-    once = (config.rounds, config.allocate, config.permute, config.distill)
-    return data if once == (1, "uniform", False, "none") else data.in_memory()
 
 
 def _device(config: PruneConfig) -> torch.device:

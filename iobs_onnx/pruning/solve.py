@@ -107,23 +107,22 @@ class _Stacked:
         result = {}
         for index, site in enumerate(self.tensors):
             stored, codes, nearest = self._stored(site, solutions[index], aims[index], moments)
-
-            def excess(array: Stored, index: int = index, site: Site = site) -> float:
-                return squared_norm(matrices(site, array, device) - aims[index], moments.matrix)
-
+            sparse = matrices(site, stored, device)  # as it is read: rounded to the stored type
             measured = Measurements(
                 pattern=str(self.pattern),
-                excess=excess(stored),
+                excess=squared_norm(sparse - aims[index], moments.matrix),
                 energy=squared_norm(dense[index], self.hessian.matrix),
                 compared=sum(s.excess for s in other[index]) if other else None,
                 quantized=None if config.quantize is None else why_not_integers(site) or "int8",
-                nearest=None if nearest is None else excess(nearest),
+                nearest=None
+                if nearest is None
+                else squared_norm(matrices(site, nearest, device) - aims[index], moments.matrix),
                 bias_compensated=self.biased and config.bias_compensation > 0,
                 rows=self.hessian.rows,
                 dead_inputs=int(dead_inputs(self.hessian.matrix).sum()),
                 seconds=seconds * site.out_features / outputs,
             )
-            bias = self._bias(site, dense[index], matrices(site, stored, device))
+            bias = self._bias(site, dense[index], sparse)
             result[site] = SolvedSite(_tensor(stored), bias, codes, measured)
         return result
 

@@ -16,12 +16,15 @@ from iobs_onnx.errors import DataError, OptionError
 from iobs_onnx.passes import find_token_input
 from iobs_onnx.runtime import (
     AudioSamples,
+    Data,
     ImageSamples,
     InputSpec,
     RandomSamples,
     Samples,
     SelfSamples,
     TextSamples,
+    join,
+    open_data,
     open_session,
     read_audio_config,
 )
@@ -102,6 +105,35 @@ def calibration_sources(
         kind = KINDS.get(_kind(item))
         samples.append(item if kind is None else kind.open(request))
     return samples
+
+
+def open_sources(
+    sources: Sequence[Any], holdout: Any, inputs: Sequence[InputSpec], config: PruneConfig
+) -> Data:
+    """Open all sources of calibration data as one, and the one that only judges.
+
+    Args:
+        sources: from :func:`calibration_sources`.
+        holdout: data that only judge; None to hold out a part of each source.
+        inputs: of the model.
+        config: names samples, batch size and seed.
+
+    Raises:
+        DataError: the data cannot be read or do not fit the model.
+        OptionError: an option does not fit the form of the data.
+    """
+    parts = [
+        open_data(
+            source,
+            inputs,
+            samples=config.samples,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            **({} if holdout is None else {"holdout": 0}),
+        )
+        for source in sources
+    ]
+    return join(parts, None if holdout is None else open_data(holdout, inputs, holdout=0))
 
 
 def _kind(item: Any) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError
-from iobs_onnx.runtime import Feed, InputSpec, SelfSamples
+from iobs_onnx.passes import find_token_input
+from iobs_onnx.runtime import Feed, InputSpec, SelfSamples, open_session
 from iobs_onnx.runtime.data.tokens import IDS
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+# Texts in a feed that a model writes.
+_WRITTEN = 4
 # A mirrored image is an image where its last axis is its width.
 _IMAGE_RANK = 4
 # Of texts read again: those that are cut and joined, those with other tokens, and these tokens.
@@ -147,6 +152,37 @@ def written(
         seen = np.concatenate([feed[IDS][:, 1:].ravel() for feed in pool])
         for _ in range((reuse - 1) * len(fresh)):
             yield varied(pool[random.integers(len(pool))], seen, random)
+
+
+def own_text(
+    model: ir.Model, path: Any, inputs: Sequence[InputSpec], config: PruneConfig
+) -> Iterator[Feed]:
+    """Yield text that the dense model of a run goes on writing, as its options say.
+
+    Args:
+        model: looks up tokens.
+        path: the model as it was given; a file is run optimised.
+        inputs: of the model.
+        config: names length, first token, texts in a feed and seed.
+    """
+    tokens = find_token_input(model)
+    assert tokens is not None, "calibration_sources has seen to it"
+    return written(
+        open_session(path, config.provider),
+        inputs,
+        tokens[1],
+        length=config.sequence_length,
+        start=config.start_token,
+        batch=config.batch_size or _WRITTEN,
+        seed=config.seed,
+    )
+
+
+def in_turn(*streams: Iterator[Feed]) -> Iterator[Feed]:
+    """Yield a feed of each endless stream in turn."""
+    while True:
+        for stream in streams:
+            yield next(stream)
 
 
 def varied(feed: Feed, tokens: NDArray[np.generic], random: np.random.Generator) -> Feed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -16,30 +16,26 @@ from iobs_onnx.errors import CheckError, DataError, ModelError
 from iobs_onnx.passes import (
     check_model,
     find_sites,
-    find_token_input,
     load_model,
     require_output,
     rewrite,
     saving,
 )
-from iobs_onnx.pruning.distil.feeds import endless, mirrored, written
+from iobs_onnx.pruning.distil.feeds import endless, in_turn, mirrored, own_text
 from iobs_onnx.pruning.distil.model import distil
 from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
 from iobs_onnx.pruning.progress import Progress
-from iobs_onnx.pruning.sources import calibration_sources
+from iobs_onnx.pruning.sources import calibration_sources, open_sources
 from iobs_onnx.runtime import (
     Feed,
-    InputSpec,
     SelfSamples,
     input_specs,
-    join,
     open_data,
-    open_session,
 )
 
-# Texts in a feed that a model wrote, and such feeds that judge.
-_WRITTEN, _JUDGING = 4, 4
+# Feeds that a model wrote and that judge.
+_JUDGING = 4
 
 
 @dataclass(frozen=True)
@@ -162,65 +158,17 @@ def _data(
     own = any(isinstance(item, str) and item == "self" for item in items)
     sources = calibration_sources(calibration, config, model, path, inputs)
     given = [source for source in sources if not isinstance(source, SelfSamples)]
-    judging = None if holdout is None else open_data(holdout, inputs, holdout=0)
     streams: list[Iterator[Feed]] = []
-    held_out: list[Feed] = [] if judging is None else list(judging.calibration)
+    held_out: list[Feed] = []
     if given:
-        held = {} if holdout is None else {"holdout": 0}
-        parts = [
-            open_data(
-                source,
-                inputs,
-                samples=config.samples,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                **held,
-            )
-            for source in given
-        ]
-        data = join(parts)
+        data = open_sources(given, holdout, inputs, config).in_memory()
         streams.append(endless(data.calibration, config.seed))
-        streams[-1] = _begun(streams[-1])  # held-out feeds are complete when all have been read
-        held_out += data.held_out if judging is None else ()
+        held_out += data.held_out
+    elif holdout is not None:
+        held_out += open_data(holdout, inputs, holdout=0).calibration
     if own:
-        text = _own_text(config, model, path, inputs)
-        held_out += islice(text, _JUDGING) if judging is None else ()
-        streams.append(text)
+        streams.append(own_text(model, path, inputs, config))
+        held_out += islice(streams[-1], _JUDGING) if holdout is None else ()
     if not held_out:
         raise DataError("distillation: one sample cannot both train and judge; give --holdout")
-    return _in_turn(streams), held_out
-
-
-def _own_text(
-    config: PruneConfig, model: ir.Model, path: str | os.PathLike[str], inputs: Sequence[InputSpec]
-) -> Iterator[Feed]:
-    tokens = find_token_input(model)
-    assert tokens is not None, "calibration_sources has seen to it"
-    return written(
-        open_session(path, config.provider),
-        inputs,
-        tokens[1],
-        length=config.sequence_length,
-        start=config.start_token,
-        batch=config.batch_size or _WRITTEN,
-        seed=config.seed,
-    )
-
-
-def _begun(feeds: Iterator[Feed]) -> Iterator[Feed]:
-    """Return the same feeds, the first one of them drawn already."""
-    first = next(feeds)
-
-    def all_feeds() -> Iterator[Feed]:
-        yield first
-        yield from feeds
-
-    return all_feeds()
-
-
-def _in_turn(streams: Iterable[Iterator[Feed]]) -> Iterator[Feed]:
-    """Yield a feed of each endless stream in turn."""
-    streams = list(streams)
-    while True:
-        for stream in streams:
-            yield next(stream)
+    return in_turn(*streams), held_out

@@ -9,17 +9,13 @@ from typing import Any
 import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.passes import find_token_input
-from iobs_onnx.pruning.distil.feeds import endless, written
+from iobs_onnx.pruning.distil.feeds import endless, in_turn, own_text
 from iobs_onnx.pruning.distil.model import distil, require_trainable
 from iobs_onnx.pruning.distil.settings import DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import ModelProposal, Pruned
-from iobs_onnx.runtime import Data, Feed, SelfSamples, input_specs, open_session
-
-# Texts in a feed that the model writes while it is distilled.
-_WRITTEN = 4
+from iobs_onnx.runtime import Data, Feed, SelfSamples, input_specs
 
 
 def require_distillable(dense: ir.Model, data: Data) -> None:
@@ -78,21 +74,5 @@ class DistilModel:
         given = endless(run.data.calibration, run.config.seed)
         if not any(isinstance(source, SelfSamples) for source in self.sources):
             return given
-        tokens = find_token_input(run.dense)
-        assert tokens is not None, "it wrote text to calibrate on"
-        own = written(
-            open_session(self.path, run.config.provider),
-            input_specs(run.dense),
-            tokens[1],
-            length=run.config.sequence_length,
-            start=run.config.start_token,
-            batch=run.config.batch_size or _WRITTEN,
-            seed=run.config.seed,
-        )
-        return _in_turn(given, own)
-
-
-def _in_turn(*streams: Iterator[Feed]) -> Iterator[Feed]:
-    while True:
-        for stream in streams:
-            yield next(stream)
+        own = own_text(run.dense, self.path, input_specs(run.dense), run.config)
+        return in_turn(given, own)

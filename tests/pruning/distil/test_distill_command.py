@@ -69,7 +69,7 @@ def test_a_run_that_harms_leaves_the_sparse_model(
         ((), "--calibration is missing"),
         (("--distill-steps", "0"), "steps 0"),
         (("--seed", "-1"), "seed -1"),
-        (("--calibration", "self"), "last_hidden_state"),
+        (("--calibration", "self"), "the model cannot write text; give data"),
     ],
 )
 def test_a_wrong_call_is_told_in_one_line_and_writes_nothing(
@@ -78,7 +78,7 @@ def test_a_wrong_call_is_told_in_one_line_and_writes_nothing(
     assert run(files, *change) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("iobs-onnx: error:")
-    assert told in message or "calibration" in message
+    assert told in message
     assert "\n" not in message
     assert not (files / "out.onnx").exists()
 
