@@ -26,8 +26,9 @@ class Checkpoint:
     """Keeps what was solved in a folder; every record is whole or not there.
 
     A record is a `.json` file, written last, with a `.data` file of tensors beside it. It holds the
-    SHA-256 of its name and content and of the data. It also says what it came after: the run, and the data
-    of all records before it. One that came after something else is not found, and is made again.
+    SHA-256 of its name, its content and the data, and says what it came after: the run, and the
+    data of all records before it. One that came after something else is not found, and is made
+    again.
 
     Args:
         folder: where; it exists.

@@ -101,7 +101,7 @@ def test_everything_may_stand_in_the_toml_file(toy: Path, monkeypatch) -> None:
         (["--calibration", "nomodule:feeds"], "nomodule"),
         (["--sparsity", "2:4:1"], "2:4:1"),
         (["--provider", "cuda"], "provider cuda"),
-        (["--output", "missing/folder/out.onnx"], "missing/folder"),
+        (["--output", "/dev/null/out.onnx"], "folder /dev/null cannot be made"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(
@@ -141,8 +141,19 @@ def test_missing_required_option_names_it(toy: Path, capsys) -> None:
 
 
 def test_output_is_checked_before_the_data_are_read(toy: Path, capsys) -> None:
-    assert prune(toy, "--output", "missing/out.onnx", "--calibration", "absent.npz") == 2
-    assert "missing/out.onnx" in capsys.readouterr().err
+    assert prune(toy, "--output", "/dev/null/out.onnx", "--calibration", "absent.npz") == 2
+    assert "/dev/null/out.onnx" in capsys.readouterr().err
+    assert prune(toy, "--output", str(toy), "--calibration", "absent.npz") == 2
+    assert f"output {toy}: is a folder; give a file in it" in capsys.readouterr().err
+
+
+def test_the_output_s_folder_is_made_and_goes_where_nothing_is_written(toy: Path) -> None:
+    output = toy / "new" / "folder" / "out.onnx"
+    assert prune(toy, "--output", str(output), "--samples", "0", "--quiet") == 2
+    assert prune(toy, "--output", str(output), "--max-output-error", "0", "--quiet") == 4
+    assert not (toy / "new").exists()
+    assert prune(toy, "--output", str(output), "--quiet") == 0
+    assert [path.name for path in output.parent.iterdir()] == ["out.onnx"]
 
 
 def test_report_dir_is_checked_before_anything_is_written(toy: Path, capsys) -> None:

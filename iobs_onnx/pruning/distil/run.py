@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +20,7 @@ from iobs_onnx.passes import (
     require_output,
     rewrite,
     saving,
+    writing_to,
 )
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, mirrored, own_text
 from iobs_onnx.pruning.distil.model import distil
@@ -89,7 +90,33 @@ def distil_file(
         InputError: a model, the data or an option is at fault.
         CheckError: onnx.checker refuses the result and not the sparse model.
     """
-    settings = settings or DistilSettings()
+    with writing_to(output):
+        return _distil_file(
+            dense,
+            sparse,
+            calibration=calibration,
+            output=output,
+            holdout=holdout,
+            mirror=mirror,
+            settings=settings or DistilSettings(),
+            progress=progress or Progress(),
+            options=options,
+        )
+
+
+def _distil_file(
+    dense: str | os.PathLike[str],
+    sparse: str | os.PathLike[str],
+    *,
+    calibration: Any,
+    output: str | os.PathLike[str] | None,
+    holdout: Any,
+    mirror: bool,
+    settings: DistilSettings,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> Distillation:
+    """Distil into an output that is this run's alone; see :func:`distil_file`."""
     # A pattern is not asked for: the zeros that are there say which.
     config = make_config({"sparsity": "2:4", **options, "seed": settings.seed})
     teacher, student = load_model(dense), load_model(sparse)
@@ -103,7 +130,7 @@ def distil_file(
     if mirror:
         feeds = mirrored(feeds, settings.seed)
     total = None if settings.seconds else settings.steps
-    with (progress or Progress()).stage("distil", total) as advance:
+    with progress.stage("distil", total) as advance:
         found = distil(
             teacher,
             student,
