@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="iobs-onnx: %(message)s", level=logging.WARNING)
     try:
         with _unwinding():
-            return int(arguments.run(arguments))
+            code = int(arguments.run(arguments))
+            sys.stdout.flush()  # what a closed pipe says, it says here
+            return code
     except IobsError as error:
         if arguments.debug:
             traceback.print_exc()
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("iobs-onnx: terminated; nothing was written", file=sys.stderr)
         return 128 + ended.signal
     except BrokenPipeError:
-        sys.stderr.close()
+        # What is left in the buffer is lost, and Python would complain of that at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception:
         traceback.print_exc()

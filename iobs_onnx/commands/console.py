@@ -14,9 +14,17 @@ from iobs_onnx.pruning.progress import Progress
 
 def make_console() -> Console:
     """Return a console that colours nothing by itself and reads no markup in names."""
-    console = Console(highlight=False, markup=False)
+    console = _Console(highlight=False, markup=False)
     # A pipe has no width: 80 columns would fold every name.
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
+    return console if console.is_terminal else _Console(highlight=False, markup=False, width=160)
+
+
+class _Console(Console):
+    """Leaves it to the command line to end where nobody reads any more; rich exits with 1."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError
 
 
 class Bars(Progress):

@@ -200,3 +200,18 @@ def test_a_removed_temporary_folder_is_one_clear_line(
     assert "was removed while this run was using it; start it again" in said
     assert not any(here.glob("temporary/iobs*"))
     assert os.environ["TMPDIR"] in said
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_closed_pipe_ends_quietly_as_by_its_signal(here: Path, more: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "iobs_onnx", "inspect", "model.onnx", *more],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, "")
