@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from iobs_onnx.commands import bench, compare, distill, inspect, prune, report, verify
+from iobs_onnx.commands.printable import Formatter, printable
 from iobs_onnx.errors import CheckError, GateError, IobsError
 
 _EXIT_CODES = {CheckError: 1, GateError: 4}
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # slower as soon as another process wants a core, and gain nothing when none does.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = make_parser().parse_args(argv)
-    logging.basicConfig(format="iobs-onnx: %(message)s", level=logging.WARNING)
+    logs = logging.StreamHandler()
+    logs.setFormatter(Formatter("iobs-onnx: %(message)s"))
+    logging.basicConfig(handlers=[logs], level=logging.WARNING)
     try:
         with _unwinding():
             code = int(arguments.run(arguments))
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except IobsError as error:
         if arguments.debug:
-            traceback.print_exc()
+            _print_traceback()
         print(f"iobs-onnx: error: {_one_line(error)}", file=sys.stderr)
         return next((c for kind, c in _EXIT_CODES.items() if isinstance(error, kind)), 2)
     except KeyboardInterrupt:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception:
-        traceback.print_exc()
+        _print_traceback()
         print("iobs-onnx: this is a defect of iobs-onnx; please report it", file=sys.stderr)
         return 3
 
@@ -90,7 +93,11 @@ def _unwinding() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
+
+
+def _print_traceback() -> None:
+    print(printable(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
 
 
 class _PrintCompletion(argparse.Action):

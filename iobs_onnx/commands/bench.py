@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
 
     from iobs_onnx.runtime.bench import Timing
     from iobs_onnx.runtime.semi_structured import LayerTiming
+
+from iobs_onnx.commands.printable import to_json
 
 
 def add(commands: Any) -> None:
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
     )
     if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(to_json(found.as_dict()))
         return 0
 
     from iobs_onnx.commands.console import make_console

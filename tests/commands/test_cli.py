@@ -302,3 +302,26 @@ def test_preset_belongs_to_iobs(toy: Path, capsys) -> None:
     assert json.loads((toy / "report.json").read_text())["options"]["preset"] == "fast"
     assert prune(toy, "--preset", "fast", "--solver", "wanda") == 2
     assert "belongs to solver iobs" in capsys.readouterr().err
+
+
+def test_control_characters_of_names_never_reach_the_terminal(toy: Path, capsys) -> None:
+    """Neither those of ASCII nor the eight-bit ones, nor what turns the direction of writing."""
+    evil = "up\x1b]0;owned\x07\x9b31m\u202e\r"
+    model = onnx.load(toy / "toy.onnx")
+    model.graph.node[0].input[1] = model.graph.initializer[0].name = evil
+    onnx.save(model, toy / "toy.onnx")
+    commands = [
+        ["inspect", str(toy / "toy.onnx")],
+        ["inspect", str(toy / "toy.onnx"), "--segments"],
+        ["verify", str(toy / "toy.onnx"), "--sparsity", "2:4"],
+    ]
+    codes = [main(command) for command in commands]
+    codes += [main([*command, "--json"]) for command in commands]
+    codes += [prune(toy), prune(toy, "--json"), prune(toy, "--exclude", evil, "--include", evil)]
+    assert codes == [0, 0, 1] * 2 + [0, 0, 2]
+    captured = capsys.readouterr()
+    assert captured.out.count(r"up\x1b]0;owned\x07\x9b31m\u202e\r") > 3
+    for text in (captured.out, captured.err):
+        assert all(each.isprintable() or each == "\n" for each in text)
+    assert main(["inspect", str(toy / "toy.onnx"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"][0]["name"] == evil
