@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from iobs_onnx.commands.printable import to_json
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from iobs_onnx.runtime.bench import Timing
     from iobs_onnx.runtime.semi_structured import LayerTiming
-
-from iobs_onnx.commands.printable import to_json
 
 
 def add(commands: Any) -> None:
