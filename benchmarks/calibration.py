@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from iobs_onnx.hessian import Hessian
 from iobs_onnx.passes import find_sites, instrument
-from iobs_onnx.runtime import Store, Stream, calibrate
+from iobs_onnx.runtime import Store, Stream, calibrate, find_padding
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.data.open import PAD_MASK, open_data
 from iobs_onnx.runtime.session import input_specs, open_session
@@ -52,12 +52,14 @@ def main() -> None:
     feeds = list(data.calibration)
     print(f"{len(taps)} taps, {data.samples} samples, {len(feeds)} batches; {_padding(feeds)}")
 
+    padding = find_padding(model)
+
     def inference() -> None:
         for feed in feeds:
             plain.run(None, feed)
 
     def with_hessians(mask_padding: bool) -> dict[Tap, Hessian]:
-        stream = Stream(feeds, Store(Path(), 0), pad_mask=PAD_MASK if mask_padding else None)
+        stream = Stream(feeds, Store(Path(), 0), padding=padding if mask_padding else None)
         batches = stream.run(tapped, fetch=values, device=arguments.device)
         return calibrate(taps, batches, device=arguments.device).hessians
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from iobs_onnx.hessian import combine
 from iobs_onnx.passes import find_sites, instrument, load_model, stored_slots
 from iobs_onnx.runtime import Store, Stream, calibrate, input_specs, open_data, open_session
-from iobs_onnx.runtime.data.open import PAD_MASK
+from iobs_onnx.runtime.padding import find_padding
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_LAYERS = ROOT / "build" / "layers" / "all-MiniLM-L6-v2.safetensors"
@@ -59,7 +59,7 @@ def capture(model: Path, calibration: str, output: Path) -> None:
     values = list(dict.fromkeys(tap.value for tap in taps))
     session = open_session(instrument(dense, values))
     data = open_data(calibration, input_specs(dense), holdout=0)
-    stream = Stream(data.calibration, Store(output.parent, 0), pad_mask=PAD_MASK)
+    stream = Stream(data.calibration, Store(output.parent, 0), padding=find_padding(dense))
     hessians = calibrate(taps, stream.run(session, fetch=values)).hessians
     tensors: dict[str, torch.Tensor] = {}
     index: list[dict[str, object]] = []

@@ -17,11 +17,11 @@ from iobs_onnx.runtime import (
     Feed,
     Fidelity,
     OutputFidelity,
+    Padding,
     Store,
     Stream,
     available_providers,
-    default_pad_mask,
-    input_specs,
+    find_padding,
     open_session,
     session_info,
 )
@@ -59,6 +59,7 @@ class Engine:
         self.budget = budget
         self.folder = folder
         self._used: dict[str, object] = {}
+        self._paddings: dict[int, tuple[ir.Model, Padding | None]] = {}
 
     def used(self) -> dict[str, object]:
         """Return the version of ONNX Runtime and the providers in use, once a part was opened.
@@ -75,8 +76,10 @@ class Engine:
         mask_padding: bool = True,
     ) -> Stream:
         """Return a stream of the model's inputs; its store is the only one for these feeds."""
-        pad_mask = default_pad_mask(input_specs(model)) if mask_padding else None
-        return Stream(feeds, Store(self.folder, self.budget), pad_mask=pad_mask)
+        if id(model) not in self._paddings:  # models are compared again and again
+            self._paddings[id(model)] = model, find_padding(model)
+        padding = self._paddings[id(model)][1] if mask_padding else None
+        return Stream(feeds, Store(self.folder, self.budget), padding=padding)
 
     def open(self, model: ir.Model, segment: Segment, names: Sequence[str], stream: Stream) -> Any:
         """Open the part of a model that computes `names` in a segment; None if there is none."""

@@ -5,7 +5,7 @@ from iobs_onnx.runtime.data.audio import AudioSamples, read_audio_config
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.data.images import ImageSamples
 from iobs_onnx.runtime.data.named import NoCallable, find_callable
-from iobs_onnx.runtime.data.open import Data, default_pad_mask, join, open_data
+from iobs_onnx.runtime.data.open import Data, join, open_data
 from iobs_onnx.runtime.data.random_numbers import RandomSamples
 from iobs_onnx.runtime.data.random_tokens import with_random_tokens
 from iobs_onnx.runtime.data.samples import Samples
@@ -13,6 +13,7 @@ from iobs_onnx.runtime.data.self_written import SelfSamples
 from iobs_onnx.runtime.data.table import TableSamples
 from iobs_onnx.runtime.data.text import TextSamples
 from iobs_onnx.runtime.fidelity import Fidelity, OutputFidelity
+from iobs_onnx.runtime.padding import Padding, find_padding
 from iobs_onnx.runtime.session import (
     InputSpec,
     available_providers,
@@ -33,6 +34,7 @@ __all__ = [
     "InputSpec",
     "NoCallable",
     "OutputFidelity",
+    "Padding",
     "RandomSamples",
     "Samples",
     "SelfSamples",
@@ -44,8 +46,8 @@ __all__ = [
     "available_providers",
     "calibrate",
     "collect",
-    "default_pad_mask",
     "find_callable",
+    "find_padding",
     "input_specs",
     "join",
     "open_data",

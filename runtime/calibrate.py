@@ -41,8 +41,8 @@ class Calibration:
             where the two have not the same rows.
         batches: feeds that went through the model.
         padding_excluded: whether any feed held padding and rows were dropped for it.
-        padding_kept: taps whose rows include padding, because the shape of the activation does
-            not match that of the mask.
+        padding_kept: taps whose rows include padding, because the mask is not for them or that
+            cannot be told.
     """
 
     hessians: dict[Tap, Hessian]
@@ -256,8 +256,8 @@ class _Collector:
         if batch.mask is None or batch.mask.all():
             return keeps
         for tap in self.sums.grams:
-            mask = torch.from_numpy(batch.mask)
-            keeps[tap] = _matching(mask, batch.values[tap.value], tap)
+            if tap.form in (Rows(-1), Rows(batch.values[tap.value].ndim - 1)):
+                keeps[tap] = batch.counts(tap.value)
             if keeps[tap] is None and batch.values[tap.value].numel():
                 self.sums.kept[tap] = None
             elif keeps[tap] is not None:
@@ -355,18 +355,6 @@ def _in_step(
         whole = held[0] if len(held) == 1 else torch.cat(held, dim=1)
         yield whole[:, :wanted], chunk
         held = [whole[:, wanted:]] if whole.shape[1] > wanted else []
-
-
-def _matching(keep: torch.Tensor, activation: torch.Tensor, tap: Tap) -> torch.Tensor | None:
-    """Return the mask over the activation's leading axes, or None where it does not fit them."""
-    if tap.form not in (Rows(-1), Rows(activation.ndim - 1)):
-        return None
-    keep = keep.to(activation.device)
-    if activation.ndim > keep.ndim and activation.shape[: keep.ndim] == keep.shape:
-        return keep
-    if activation.ndim == 2 and activation.shape[0] == keep.numel():
-        return keep.flatten()
-    return None
 
 
 def _not_finite(activation: torch.Tensor, tap: Tap, batch: int) -> str:

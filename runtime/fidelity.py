@@ -44,8 +44,7 @@ class Fidelity:
     def add(self, dense: Batch, sparse: Batch) -> None:
         """Take the same outputs of both models for one batch; only float ones are compared.
 
-        Positions that the mask marks as padding are left out of outputs of shape
-        `(batch, seq, ..., features)`.
+        Positions that the mask marks as padding are left out of the outputs that it is for.
 
         Raises:
             ModelError: the shapes differ.
@@ -60,7 +59,8 @@ class Fidelity:
                     f"{tuple(found.shape)} in the sparse one"
                 )
             total = self._totals.setdefault(name, _Totals())
-            total.add(_unpadded(expected, dense.mask), _unpadded(found, dense.mask))
+            counts = dense.counts(name)
+            total.add(_unpadded(expected, counts), _unpadded(found, counts))
 
     def result(self) -> list[OutputFidelity]:
         """Return what was found, an item for each float output."""
@@ -96,9 +96,6 @@ class _Totals:
         return OutputFidelity(name, error, cosine, self._finite)
 
 
-def _unpadded(value: torch.Tensor, mask: NDArray[np.bool_] | None) -> Array:
-    array: Array = value.double().numpy()
-    # A matrix is left alone: (batch, features) can have the mask's shape by chance.
-    if mask is None or array.ndim <= mask.ndim or array.shape[: mask.ndim] != mask.shape:
-        return array
-    return array[mask]
+def _unpadded(value: torch.Tensor, counts: torch.Tensor | None) -> Array:
+    array: Array = (value if counts is None else value[counts]).double().numpy()
+    return array

@@ -16,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.runtime.data.feeds import Feed
+from iobs_onnx.runtime.padding import Padding
 from iobs_onnx.runtime.session import PLAIN, on_cuda, run_errors
 
 if TYPE_CHECKING:
@@ -35,11 +36,21 @@ class Batch:
         values: name to value.
         mask: the feed's padding mask, True where a position counts; None without one.
         weight: how often each of its rows counts.
+        padding: says which values the mask is for.
     """
 
     values: dict[str, torch.Tensor]
     mask: NDArray[np.bool_] | None = None
     weight: float = 1.0
+    padding: Padding | None = None
+
+    def counts(self, name: str) -> torch.Tensor | None:
+        """Return the mask over a value's first axis, or first two; None where it is not for it."""
+        if self.mask is None or self.padding is None:
+            return None
+        value = self.values[name]
+        mask = self.padding.over(self.mask, name, value.shape)
+        return None if mask is None else torch.from_numpy(mask).to(value.device)
 
 
 class Store:
@@ -88,7 +99,7 @@ class Stream:
     Args:
         feeds: read once, on the first run; one may come with a weight, as a pair.
         store: holds the values.
-        pad_mask: name of the input that marks padding with 0, None if there is none.
+        padding: the input that marks padding with 0, and what it is for; None if there is none.
         base: the stream of another model that read the same feeds: values that this stream did
             not compute itself are that one's. `feeds` is then not read.
     """
@@ -98,12 +109,12 @@ class Stream:
         feeds: Iterable[Feed | tuple[Feed, float]],
         store: Store,
         *,
-        pad_mask: str | None = None,
+        padding: Padding | None = None,
         base: Stream | None = None,
     ) -> None:
         self._feeds = None if base is not None else iter(feeds)
         self._store = store
-        self._pad_mask = pad_mask
+        self._padding = padding
         self._base = base
         self._held: list[dict[str, NDArray[Any] | Path]] = []
         self._masks: list[NDArray[np.bool_] | None] = []
@@ -179,7 +190,7 @@ class Stream:
         for index, item in enumerate(self._feeds):
             feed, weight = item if isinstance(item, tuple) else (item, 1.0)
             self._weights.append(weight)
-            mask = feed.get(self._pad_mask) if self._pad_mask else None
+            mask = feed.get(self._padding.name) if self._padding else None
             self._masks.append(None if mask is None else mask != 0)
             self._feed = feed
             held = {name: array for name, array in feed.items() if name in alive}
@@ -226,10 +237,10 @@ class Stream:
             raise ModelError(f"activation {name!r} is neither fed nor computed")
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
-    def _about(self, index: int) -> tuple[NDArray[np.bool_] | None, float]:
+    def _about(self, index: int) -> tuple[NDArray[np.bool_] | None, float, Padding | None]:
         if self._base is not None:
             return self._base._about(index)
-        return self._masks[index], self._weights[index]
+        return self._masks[index], self._weights[index], self._padding
 
     def _forget(self, index: int, alive: Collection[str]) -> None:
         if index < len(self._held):

@@ -162,11 +162,6 @@ class _Chained:
             yield from part.held_out
 
 
-def default_pad_mask(inputs: Sequence[InputSpec]) -> str | None:
-    """Return the name of the input that marks padding with 0, or None if the model has none."""
-    return PAD_MASK if any(spec.name == PAD_MASK for spec in inputs) else None
-
-
 @dataclass(frozen=True)
 class _Split:
     """How many samples calibrate, how many are held out, and which."""

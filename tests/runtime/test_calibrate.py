@@ -14,6 +14,7 @@ from iobs_onnx.hessian import Hessian, combine
 from iobs_onnx.passes import find_sites, instrument
 from iobs_onnx.runtime import calibrate as calibrate_batches
 from iobs_onnx.runtime.calibrate import Sums, collect
+from iobs_onnx.runtime.padding import Padding
 from iobs_onnx.runtime.session import open_session
 from iobs_onnx.runtime.stream import Batch, Store, Stream
 from iobs_onnx.site import Patches, Rows, Tap
@@ -21,10 +22,9 @@ from iobs_onnx.site import Patches, Rows, Tap
 H = Tap("h", Rows(-1), 6)
 
 
-def calibrate(session, taps, feeds, *, mask_padding=True, progress=None):
+def calibrate(session, taps, feeds, *, padding=None, progress=None):
     """Run a whole model, as one segment, over the feeds."""
-    pad_mask = "attention_mask" if mask_padding else None
-    stream = Stream(feeds, Store(Path(), 1 << 30), pad_mask=pad_mask)
+    stream = Stream(feeds, Store(Path(), 1 << 30), padding=padding)
     fetch = {tap.value: None for tap in taps}
     return calibrate_batches(taps, stream.run(session, fetch=fetch), progress=progress)
 
@@ -194,7 +194,7 @@ def test_the_drift_of_a_convolution_holds_a_chunk_of_patches_and_not_all(monkeyp
 
 
 @pytest.fixture(scope="module")
-def attention(build):
+def attention_model(build):
     """Embedding, masked self-attention, and taps in shapes with and without (batch, seq)."""
     d, heads = 8, 2
     rng = np.random.default_rng(0)
@@ -228,8 +228,17 @@ def attention(build):
         "by_head": (TensorProto.FLOAT, ["b", "s", heads, d // heads]),
         "pooled": (TensorProto.FLOAT, ["b", d]),
     }
-    model = build(nodes, {"input_ids": ids, "attention_mask": ids}, outputs, weights)
-    return open_session(model, "cpu")
+    return build(nodes, {"input_ids": ids, "attention_mask": ids}, outputs, weights)
+
+
+@pytest.fixture(scope="module")
+def attention(attention_model):
+    return open_session(attention_model, "cpu")
+
+
+@pytest.fixture(scope="module")
+def padding(attention_model):
+    return Padding(ir.from_proto(attention_model))
 
 
 CONTEXT, TOKENS = Tap("context", Rows(-1), 8), Tap("tokens", Rows(-1), 8)
@@ -254,10 +263,11 @@ def sentences():
     return [rng.integers(1, 50, length) for length in LENGTHS]
 
 
-def test_padding_is_excluded(attention, sentences):
+def test_padding_is_excluded(attention, padding, sentences):
     taps = [CONTEXT, TOKENS, BY_HEAD]
-    batch = calibrate(attention, taps, [padded(sentences)])
-    alone = calibrate(attention, taps, [padded([sentence]) for sentence in sentences])
+    batch = calibrate(attention, taps, [padded(sentences)], padding=padding)
+    each = [padded([sentence]) for sentence in sentences]
+    alone = calibrate(attention, taps, each, padding=padding)
     assert batch.padding_excluded
     assert batch.padding_kept == ()
     assert not alone.padding_excluded
@@ -268,21 +278,23 @@ def test_padding_is_excluded(attention, sentences):
     assert batch.hessians[BY_HEAD].rows == 2 * sum(LENGTHS)
 
 
-def test_padding_is_included_on_request(attention, sentences):
-    with_padding = calibrate(attention, [CONTEXT], [padded(sentences)], mask_padding=False)
-    without = calibrate(attention, [CONTEXT], [padded(sentences)])
+def test_padding_is_included_on_request(attention, padding, sentences):
+    with_padding = calibrate(attention, [CONTEXT], [padded(sentences)])
+    without = calibrate(attention, [CONTEXT], [padded(sentences)], padding=padding)
     assert with_padding.hessians[CONTEXT].rows == 3 * max(LENGTHS)
     assert not with_padding.padding_excluded
     reference = without.hessians[CONTEXT].matrix[0].numpy()
     assert relative(with_padding.hessians[CONTEXT], reference) > 1e-2
 
 
-def test_taps_that_the_mask_does_not_fit_are_named(attention, sentences):
-    result = calibrate(attention, [CONTEXT, POOLED, SIDEWAYS], [padded(sentences)])
+def test_taps_that_the_mask_does_not_fit_are_named(attention, padding, sentences):
+    taps = [CONTEXT, POOLED, SIDEWAYS]
+    result = calibrate(attention, taps, [padded(sentences)], padding=padding)
     assert result.padding_kept == (POOLED, SIDEWAYS)
     assert result.padding_excluded
     assert result.hessians[POOLED].rows == 3
-    assert calibrate(attention, [POOLED], [padded(sentences[:1])]).padding_kept == ()
+    alone = calibrate(attention, [POOLED], [padded(sentences[:1])], padding=padding)
+    assert alone.padding_kept == ()
 
 
 def test_nan_in_padding_does_no_harm(build):
@@ -297,14 +309,15 @@ def test_nan_in_padding_does_no_harm(build):
     )
     tap = Tap("h", Rows(), 2)
     feed = {"input_ids": np.array([[1, 0]]), "attention_mask": np.array([[1, 0]])}
-    result = calibrate(open_session(model, "cpu"), [tap], [feed])
+    padding = Padding(ir.from_proto(model))
+    result = calibrate(open_session(model, "cpu"), [tap], [feed], padding=padding)
     np.testing.assert_array_equal(result.hessians[tap].matrix[0].numpy(), [[1, 2], [2, 4]])
 
 
-def test_nothing_but_padding(attention):
+def test_nothing_but_padding(attention, padding):
     feed = {key: np.zeros((2, 3), np.int64) for key in ("input_ids", "attention_mask")}
     with pytest.raises(DataError, match="no rows reached the Hessian"):
-        calibrate(attention, [CONTEXT], [feed])
+        calibrate(attention, [CONTEXT], [feed], padding=padding)
 
 
 # --- real models
@@ -322,7 +335,8 @@ def test_minilm_padding_and_float64(minilm_model, minilm_feeds):
         {name: array[row : row + 1, :length] for name, array in feed.items()}
         for row, length in enumerate(lengths)
     ]
-    batch, single = calibrate(session, taps, [feed]), calibrate(session, taps, alone)
+    padding = Padding(model)
+    batch, single = (calibrate(session, taps, f, padding=padding) for f in ([feed], alone))
     assert len(taps) == 24
     assert batch.padding_kept == ()
     for tap in taps:
@@ -362,6 +376,13 @@ def test_magika_hessian_gives_the_energy_of_every_output(magika_model):
         np.testing.assert_allclose(found, energy, rtol=1e-3, atol=1e-3 * energy.max())
 
 
+class Everywhere:
+    """A mask that is for every value."""
+
+    def over(self, mask, _value, _shape):
+        return mask
+
+
 @pytest.mark.parametrize("cut", [1, 2, 5, 6])
 def test_any_split_of_the_batches_gives_the_sums_of_the_whole(cut: int) -> None:
     """Also where the parts hold different shares of rows that weigh more, or none of a tap."""
@@ -379,6 +400,7 @@ def test_any_split_of_the_batches_gives_the_sums_of_the_whole(cut: int) -> None:
                 },
                 None if index % 3 else random.random((size,)) < 0.7,
                 weight,
+                Everywhere(),
             )
             for index, (size, weight) in enumerate(zip(sizes, weights, strict=True))
         ]

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes import instrument
-from iobs_onnx.runtime import Store, Stream, open_session
+from iobs_onnx.runtime import Padding, Store, Stream, open_session
 
 F = TensorProto.FLOAT
 
@@ -104,8 +104,8 @@ def test_a_value_that_is_gone(model, tmp_path):
 
 def test_masks_go_with_their_batches(model):
     rows = [np.array([[1, 1], [1, 0]]), np.array([[1, 1]])]
-    given = [{**feed, "mask": mask} for feed, mask in zip(feeds(2), rows, strict=True)]
-    stream = Stream(iter(given), Store(Path(), 1 << 20), pad_mask="mask")
+    given = [{**feed, "attention_mask": mask} for feed, mask in zip(feeds(2), rows, strict=True)]
+    stream = Stream(iter(given), Store(Path(), 1 << 20), padding=Padding(model))
     masks = [batch.mask for batch in stream.run(part(model, ["y"], stream), fetch=["y"])]
     np.testing.assert_array_equal(masks[0], rows[0] == 1)
     again = [batch.mask for batch in stream.over().run(None)]

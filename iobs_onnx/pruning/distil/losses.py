@@ -122,15 +122,15 @@ def distance(
     targets: Sequence[Target],
     dense: Mapping[str, Tensor],
     sparse: Mapping[str, Tensor],
-    mask: Tensor | None,
+    masks: Mapping[str, Tensor],
 ) -> Distance:
     """Return the mean over the targets of their losses; all weigh alike.
 
     Args:
         targets: at least one.
         dense, sparse: value name to what the two models give on one feed.
-        mask: `(batch, length)`, zero where there is padding: outputs whose first axes are these
-            leave it out. None where there is none.
+        masks: value name to a mask over its first axis, or first two: False where there is padding,
+            which is left out.
 
     Raises:
         ModelError: the outputs do not fit each other.
@@ -143,7 +143,8 @@ def distance(
                 f"distillation: output {target.output!r} has shape {tuple(a.shape)} in the dense "
                 f"model and {tuple(b.shape)} in the sparse one"
             )
-        valid = _valid(a, mask)
+        mask = masks.get(target.value)
+        valid = None if mask is None or bool(mask.all()) else mask
         if target.kind == "kl":
             loss, count = _kl(a.movedim(target.axis, -1), b.movedim(target.axis, -1), valid)
         elif target.kind == "embedding":
@@ -153,14 +154,6 @@ def distance(
         losses.append(loss)
         rows = max(rows, count)
     return Distance(torch.stack(losses).mean(), rows)
-
-
-def _valid(output: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return the mask as booleans where it applies to this output and marks anything."""
-    if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
-        return None
-    marked = mask != 0
-    return None if bool(marked.all()) else marked
 
 
 def _kl(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:

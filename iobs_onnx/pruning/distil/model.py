@@ -22,7 +22,7 @@ from iobs_onnx.pruning.distil.training import (
     planned,
     train,
 )
-from iobs_onnx.runtime import Feed
+from iobs_onnx.runtime import Feed, find_padding
 from iobs_onnx.runtime.differentiable import Evaluator, agreement, unsupported
 
 
@@ -52,7 +52,7 @@ def distil(
     Args:
         dense, sparse: models with the same inputs and outputs; neither is changed.
         feeds: one a step, in the models' input dtypes; may be endless. `attention_mask`,
-            `(batch, length)`, marks padding with 0: outputs leave it out.
+            `(batch, length)`, marks padding with 0: the outputs that it is for leave it out.
         held_out: judge every state; bounded, as each of about twenty checks runs all of them.
         kept: name of a stored float tensor of `sparse` to its mask, boolean in the stored shape,
             True = kept. Biases, scales and offsets are trained too, see
@@ -139,6 +139,7 @@ def _pair(
         _evaluator(sparse, feed, "sparse", recompute=settings.recompute),
         targets,
         trained,
+        find_padding(dense),
     )
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from iobs_onnx.errors import ModelError
 from iobs_onnx.pruning.distil.losses import Distance, Target, distance
 from iobs_onnx.pruning.distil.trained import Master
-from iobs_onnx.runtime import Feed
-from iobs_onnx.runtime.data.open import PAD_MASK
+from iobs_onnx.runtime import Feed, Padding
 from iobs_onnx.runtime.differentiable import Evaluator
 
 BETAS = (0.9, 0.99)
@@ -36,12 +35,14 @@ class Pair:
         dense, sparse: evaluated in float32.
         targets: what is compared.
         masters: take the place of stored tensors of the sparse model.
+        padding: of both; None where they have no mask.
     """
 
     dense: Evaluator
     sparse: Evaluator
     targets: Sequence[Target]
     masters: Sequence[Master]
+    padding: Padding | None = None
 
     def distance(self, feed: Feed, *, rounded: bool = False) -> Distance:
         """Return the loss on a feed; `rounded` as the weights would be stored."""
@@ -51,7 +52,13 @@ class Pair:
         with torch.no_grad():
             dense = self.dense(inputs, outputs=values)
         sparse = self.sparse(inputs, weights=weights, outputs=values)
-        return distance(self.targets, dense, sparse, inputs.get(PAD_MASK))
+        masks = {}
+        if self.padding is not None and self.padding.name in feed:
+            mask = np.asarray(feed[self.padding.name]) != 0
+            for name, value in dense.items():
+                if (counts := self.padding.over(mask, name, value.shape)) is not None:
+                    masks[name] = torch.from_numpy(counts)
+        return distance(self.targets, dense, sparse, masks)
 
     def judge(self, feeds: Iterable[Feed]) -> float:
         """Return the loss on held-out feeds, the mean over their rows; inf if it is not finite."""

@@ -74,7 +74,7 @@ def test_kl_is_that_of_torch_in_value_and_gradient() -> None:
     torch.manual_seed(0)
     dense, sparse = torch.randn(2, 5, 7), torch.randn(2, 5, 7, requires_grad=True)
     target = [Target("y", "y", "kl")]
-    found = distance(target, {"y": dense}, {"y": sparse}, None)
+    found = distance(target, {"y": dense}, {"y": sparse}, {})
     (ours,) = torch.autograd.grad(found.loss, sparse)
     expected = torch.nn.functional.kl_div(
         sparse.log_softmax(-1).reshape(-1, 7),
@@ -95,9 +95,9 @@ def test_padding_is_left_out_of_every_kind() -> None:
     dense, sparse = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
     for kind in ("kl", "mse", "embedding"):
         target = [Target("y", "y", kind)]  # type: ignore[arg-type]
-        before = distance(target, {"y": dense}, {"y": sparse}, mask)
+        before = distance(target, {"y": dense}, {"y": sparse}, {"y": mask != 0})
         changed = torch.where(mask[..., None] != 0, sparse, 100.0)
-        after = distance(target, {"y": dense}, {"y": changed}, mask)
+        after = distance(target, {"y": dense}, {"y": changed}, {"y": mask != 0})
         assert before.rows == after.rows == 12
         assert before.loss == after.loss
 
@@ -107,6 +107,6 @@ def test_identical_outputs_are_no_distance_apart_and_shapes_must_fit() -> None:
     y = torch.randn(3, 5, 7)
     for kind in ("kl", "mse", "embedding"):
         target = [Target("y", "y", kind)]  # type: ignore[arg-type]
-        assert distance(target, {"y": y}, {"y": y}, None).loss == 0
+        assert distance(target, {"y": y}, {"y": y}, {}).loss == 0
         with pytest.raises(ModelError, match="has shape"):
-            distance(target, {"y": y}, {"y": y[1:]}, None)
+            distance(target, {"y": y}, {"y": y[1:]}, {})

@@ -7,7 +7,7 @@ import pytest
 
 from iobs_onnx.errors import DataError, OptionError
 from iobs_onnx.runtime.data import feeds as feeds_module
-from iobs_onnx.runtime.data.open import default_pad_mask, open_data
+from iobs_onnx.runtime.data.open import open_data
 from iobs_onnx.runtime.session import InputSpec
 
 F32 = np.dtype(np.float32)
@@ -197,12 +197,6 @@ def test_what_numpy_understands_is_an_array():
     data = open_data([{"x": torch.ones(2, 3)}], X)
     (feed,) = data.calibration
     assert isinstance(feed["x"], np.ndarray)
-
-
-def test_default_pad_mask():
-    assert default_pad_mask(X) is None
-    mask = InputSpec("attention_mask", np.dtype(np.int64), (None, None))
-    assert default_pad_mask((*X, mask)) == "attention_mask"
 
 
 # --- what does not fit the model
