@@ -117,12 +117,21 @@ def parse_sparsity(text: str | float | Pattern) -> Pattern:
     if isinstance(text, NM | Unstructured):
         return text
     if isinstance(text, int | float):
-        return Unstructured(float(text))
+        return Unstructured(_fraction(float(text)))
     if pair := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
         return NM(int(pair[1]), int(pair[2]))
     if number := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text):
-        return Unstructured(float(number[1]) / (100.0 if number[2] else 1.0))
+        value = float(number[1])
+        return Unstructured(value / 100.0 if number[2] else _fraction(value))
     raise OptionError(f"sparsity {text!r}: expected N:M (2:4), a fraction (0.7) or a percentage")
+
+
+def _fraction(value: float) -> float:
+    if 1.0 < value < 100.0:
+        raise OptionError(
+            f"sparsity {value:g}: a fraction removed is below 1; for a percentage write {value:g}%"
+        )
+    return value
 
 
 def top_mask(scores: torch.Tensor, keep: int) -> torch.Tensor:

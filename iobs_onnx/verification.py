@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.errors import OptionError
 from iobs_onnx.inspection import describe_declined
 from iobs_onnx.passes import (
@@ -97,6 +98,7 @@ def verify(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     provider: Literal["auto", "cpu", "cuda"] = "auto",
+    **options: Any,
 ) -> Verification:
     """Check a sparse model.
 
@@ -108,13 +110,17 @@ def verify(
         data: feeds, in any form that :func:`iobs_onnx.prune` takes; all are run.
         include, exclude: globs on site names that narrow the claim.
         provider: where ONNX Runtime runs the models.
+        options: those of :class:`iobs_onnx.config.PruneConfig` that read data: `text` and the like.
 
     Raises:
         InputError: a model, the data or an option is at fault.
         CheckError: onnx.checker refuses the model.
     """
-    if dense is not None and data is None:
+    given = data is not None or any(options.get(name) for name in ("text", "images", "audio"))
+    if dense is not None and not given:
         raise OptionError("dense: comparing outputs needs data; give feeds to run both models on")
+    if options and not given:
+        raise OptionError(f"{next(iter(options))}: says how data are read; give data")
     pattern = None if sparsity is None else parse_sparsity(sparsity)
     model = load_model(sparse)
     check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
@@ -149,7 +155,10 @@ def verify(
     ]
     if pattern is not None and not sites:
         failures.append(f"no weight of the model can carry {pattern}")
-    outputs = [] if data is None else _outputs(dense, model, data, provider)
+    outputs = []
+    if given:
+        config = make_config({"sparsity": "2:4", **options, "provider": provider})
+        outputs = _outputs(dense, model, sparse, data, config)
     failures += [f"output {out['name']!r} is not finite" for out in outputs if not out["finite"]]
     return Verification(
         None if pattern is None else str(pattern), sites, list(chosen.declined), outputs, failures
@@ -157,15 +166,18 @@ def verify(
 
 
 def _outputs(
-    dense: Model | None, sparse: ir.Model, data: Any, provider: Literal["auto", "cpu", "cuda"]
+    dense: Model | None, sparse: ir.Model, path: Model, data: Any, config: PruneConfig
 ) -> list[dict[str, Any]]:
     from iobs_onnx.engine import Engine, compare, default_memory_budget
-    from iobs_onnx.runtime import input_specs, open_data
+    from iobs_onnx.pruning.sources import calibration_sources, open_sources
+    from iobs_onnx.runtime import input_specs
 
-    feeds = open_data(data, input_specs(sparse), holdout=0).calibration
+    inputs = input_specs(sparse)
+    sources = calibration_sources(data, config, sparse, path, inputs)
+    feeds = open_sources(sources, None, inputs, config, judge=False).calibration
     reference = sparse if dense is None else load_model(dense)
     with scratch() as folder:
-        engine = Engine(provider, default_memory_budget(), folder)
+        engine = Engine(config.provider, default_memory_budget(), folder)
         found = [dataclasses.asdict(item) for item in compare(reference, sparse, feeds, engine)]
     if dense is None:
         return [{**item, "relative_error": None, "cosine": None} for item in found]

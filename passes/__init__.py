@@ -35,6 +35,7 @@ from iobs_onnx.passes.files.sizes import Sizes, model_sizes
 from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.sites.find_sites import find_sites
 from iobs_onnx.passes.sites.out_of_reach import outputs_out_of_reach
+from iobs_onnx.passes.sites.positions import find_positions
 from iobs_onnx.passes.sites.token_input import find_token_input
 from iobs_onnx.passes.taps.bfloat16 import widen
 from iobs_onnx.passes.taps.expose import prepare
@@ -60,6 +61,7 @@ __all__ = [
     "eligibility_2_4",
     "engines_2_4",
     "find_chains",
+    "find_positions",
     "find_sites",
     "find_surroundings",
     "find_token_input",

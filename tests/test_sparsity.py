@@ -60,6 +60,12 @@ def test_parse_refuses(text: str | float) -> None:
         parse_sparsity(text)
 
 
+@pytest.mark.parametrize("text", ["60", 60, 60.0])
+def test_a_percentage_without_its_sign_is_asked_back(text: str | float) -> None:
+    with pytest.raises(OptionError, match=r"sparsity 60: .* for a percentage write 60%"):
+        parse_sparsity(text)
+
+
 @given(st.one_of(st.builds(lambda n, d: NM(n, n + d), st.integers(1, 64), st.integers(0, 64))))
 def test_parse_reads_what_is_written(pattern: NM) -> None:
     assert parse_sparsity(str(pattern)) == pattern

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from iobs_onnx.verification import Verification
 
 
+# Options of prune that say how data are read.
+_DATA = (
+    *("text", "tokenizer", "pack", "images", "audio", "preprocess", "sequence_length"),
+    *("samples", "batch_size"),
+)
+
+
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
@@ -25,11 +32,16 @@ def add(commands: Any) -> None:
     command.set_defaults(run=_run)
     command.add_argument("sparse", metavar="SPARSE")
     command.add_argument("--sparsity", metavar="PATTERN", help="the pattern every site must hold")
-    command.add_argument("--dense", metavar="MODEL", help="compare outputs with this; needs --data")
+    command.add_argument("--dense", metavar="MODEL", help="compare outputs with this; needs data")
     command.add_argument("--data", metavar="DATA", help="feeds, as for prune --calibration")
-    for name in ("include", "exclude", "provider"):
+    for name in ("include", "exclude", "provider", *_DATA):
         option = next(f for f in dataclasses.fields(PruneConfig) if f.name == name)
-        command.add_argument(f"--{name}", default=option.default or None, **option.metadata["how"])
+        flag = "--" + name.replace("_", "-")
+        text = option.metadata["help"].replace("calibrate on", "run") if name in _DATA else None
+        text = text and text.replace("all but those held out", "all")
+        command.add_argument(
+            flag, default=option.default or None, help=text, **option.metadata["how"]
+        )
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -44,6 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         include=arguments.include or (),
         exclude=arguments.exclude or (),
         provider=arguments.provider,
+        **{name: value for name in _DATA if (value := getattr(arguments, name)) is not None},
     )
     if arguments.json:
         print(to_json(result.as_dict()))
@@ -59,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for output in result.outputs:
         console.print(_output_line(output))
     if not result.outputs:
-        console.print("outputs were not checked: give --data to run the model")
+        console.print("outputs were not checked: give data to run the model on")
     for failure in result.failures:
         console.print(f"FAILED {failure}", style="bold red", soft_wrap=True)
     console.print("verified" if result.ok else f"{len(result.failures)} checks failed")

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, OptionError
-from iobs_onnx.passes import find_token_input
+from iobs_onnx.passes import find_positions, find_token_input
 from iobs_onnx.runtime import (
     AudioSamples,
     Data,
@@ -29,6 +29,7 @@ from iobs_onnx.runtime import (
     read_audio_config,
 )
 from iobs_onnx.runtime.data.random_numbers import WARNING
+from iobs_onnx.runtime.data.tokens import DEFAULT_LENGTH, IDS
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,23 @@ class Request:
                     return str(candidate)
         flag = option.replace("_", "-")
         raise OptionError(f"--{flag} is missing, and no {name} is beside the model")
+
+    def length(self) -> int | None:
+        """Return the tokens in a text, as far as an option or the model's positions say.
+
+        Raises:
+            OptionError: there are fewer positions than that.
+        """
+        asked, positions = self.config.sequence_length, find_positions(self.model)
+        if any(spec.name == IDS and (spec.shape or (None,))[-1] for spec in self.inputs):
+            return asked  # the model fixes it
+        if positions is None or (asked or DEFAULT_LENGTH) <= positions:
+            return asked
+        if asked is None:
+            return positions
+        raise OptionError(
+            f"sequence_length {asked}: the model has {positions} positions; give at most that"
+        )
 
 
 def calibration_sources(
@@ -108,7 +126,12 @@ def calibration_sources(
 
 
 def open_sources(
-    sources: Sequence[Any], holdout: Any, inputs: Sequence[InputSpec], config: PruneConfig
+    sources: Sequence[Any],
+    holdout: Any,
+    inputs: Sequence[InputSpec],
+    config: PruneConfig,
+    *,
+    judge: bool = True,
 ) -> Data:
     """Open all sources of calibration data as one, and the one that only judges.
 
@@ -117,6 +140,7 @@ def open_sources(
         holdout: data that only judge; None to hold out a part of each source.
         inputs: of the model.
         config: names samples, batch size and seed.
+        judge: whether to hold any out.
 
     Raises:
         DataError: the data cannot be read or do not fit the model.
@@ -129,7 +153,7 @@ def open_sources(
             samples=config.samples,
             batch_size=config.batch_size,
             seed=config.seed,
-            **({} if holdout is None else {"holdout": 0}),
+            **({"holdout": 0} if holdout is not None or not judge else {}),
         )
         for source in sources
     ]
@@ -146,8 +170,15 @@ def _text(request: Request) -> Samples:
     config = request.config
     assert config.text is not None, "it is given"
     tokenizer = config.tokenizer or request.beside("tokenizer.json", "tokenizer")
-    length, pack = config.sequence_length, config.pack
-    return TextSamples(config.text, tokenizer, request.inputs, length=length, pack=pack)
+    tokens = find_token_input(request.model)
+    return TextSamples(
+        config.text,
+        tokenizer,
+        request.inputs,
+        length=request.length(),
+        pack=config.pack,
+        vocabulary=None if tokens is None else tokens[1],
+    )
 
 
 def _images(request: Request) -> Samples:
@@ -171,7 +202,7 @@ def _preprocess(request: Request) -> str:
 def _random(request: Request) -> Samples:
     logger.warning("%s", WARNING)
     config, tokens = request.config, find_token_input(request.model)
-    return RandomSamples(request.inputs, tokens, length=config.sequence_length, seed=config.seed)
+    return RandomSamples(request.inputs, tokens, length=request.length(), seed=config.seed)
 
 
 def _self_written(request: Request) -> Samples:
@@ -183,7 +214,7 @@ def _self_written(request: Request) -> Samples:
         request.inputs,
         tokens[1],
         count=config.samples,
-        length=config.sequence_length,
+        length=request.length(),
         start=config.start_token,
         seed=config.seed,
     )

@@ -9,7 +9,7 @@ import numpy as np
 from iobs_onnx.errors import ModelError
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.data.samples import Samples
-from iobs_onnx.runtime.data.tokens import DEFAULT_LENGTH, IDS, token_feed
+from iobs_onnx.runtime.data.tokens import DEFAULT_LENGTH, IDS, determined, token_feed
 from iobs_onnx.runtime.session import InputSpec
 
 COUNT = 128
@@ -59,13 +59,13 @@ class RandomSamples(Samples):
         draw = np.random.default_rng([self._seed, *index])
         ids = next((spec for spec in self._inputs if spec.name == IDS), None)
         vocabulary = self._tokens[1] if self._tokens else 2
+        feed: Feed = {}
         if ids is not None:
             length = (ids.shape or (None,))[-1] or self._length
             rows = list(draw.integers(0, vocabulary, (len(index), length)))
-            return token_feed(rows, self._inputs, 0, length)
-        feed: Feed = {}
+            feed = token_feed(rows, [s for s in self._inputs if determined(s)], 0, length)
         for spec in self._inputs:
-            if spec.optional:
+            if spec.optional or spec.name in feed:
                 continue
             first, *rest = spec.shape or (1,)
             shape = (

@@ -38,9 +38,11 @@ class TextSamples(Samples):
         inputs: of the model, from :func:`iobs_onnx.runtime.input_specs`.
         length: tokens in a sample, special ones included. Default: what the model fixes, else 128.
         pack: whether to pack.
+        vocabulary: the number of tokens that the model looks up; None where that is not known.
 
     Raises:
-        DataError: a file cannot be read, there is no text, or the model takes no `input_ids`.
+        DataError: a file cannot be read, there is no text, the model takes no `input_ids`, or the
+            tokenizer gives tokens that it does not know.
         DependencyError: the `tokenizers` library is missing.
         OptionError: the length is not the one that the model is made for.
     """
@@ -53,6 +55,7 @@ class TextSamples(Samples):
         *,
         length: int | None = None,
         pack: bool = False,
+        vocabulary: int | None = None,
     ) -> None:
         self.label = f"text {path}"
         self._inputs = inputs
@@ -77,6 +80,21 @@ class TextSamples(Samples):
             self._rows = list(stream[: count * self._length].reshape(count, self._length))
         else:
             self._rows = sorted(coder.encode(texts, self._length), key=len)
+        if vocabulary is not None:
+            self._require_known(coder.size, vocabulary, tokenizer)
+
+    def _require_known(self, size: int, vocabulary: int, tokenizer: str) -> None:
+        largest = max((int(row.max()) for row in (*self._rows, np.array([self._pad]))), default=0)
+        if largest >= vocabulary:
+            raise DataError(
+                f"tokenizer {tokenizer}: gives token {largest}, and the model looks up {vocabulary}"
+                "; give the tokenizer that the model was trained with"
+            )
+        if size != vocabulary:
+            self.notes = (
+                f"the tokenizer has {size} tokens, the model {vocabulary}: see that they belong "
+                "together",
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -109,6 +127,7 @@ class _Coder:
         # Padding is masked out, so any token does where none is named.
         self.pad: int = padding["pad_id"] if padding else next(iter(known), 0)
         self._tokenizer.no_padding()
+        self.size: int = self._tokenizer.get_vocab_size()
 
     def encode(self, texts: Sequence[str], length: int | None) -> list[NDArray[np.int64]]:
         """Return the ids of each text, special tokens included, cut at `length`."""

@@ -13,6 +13,7 @@ from iobs_onnx.runtime.session import InputSpec
 
 IDS = "input_ids"
 DEFAULT_LENGTH = 128
+_KNOWN = (IDS, "attention_mask", "token_type_ids", "position_ids", "use_cache_branch")
 
 
 def row_length(spec: InputSpec, asked: int | None, default: int) -> tuple[int, bool]:
@@ -42,31 +43,42 @@ def token_feed(
     Raises:
         DataError: the model has an input that token ids do not determine.
     """
-    count = len(rows)
-    ids = np.full((count, length), pad, np.int64)
-    mask = np.zeros((count, length), np.int64)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = row
-        mask[at, : len(row)] = 1
-    known = {
-        IDS: ids,
-        "attention_mask": mask,
-        "token_type_ids": np.zeros_like(ids),
-        "position_ids": np.broadcast_to(np.arange(length), ids.shape),
-        "use_cache_branch": np.zeros(1, bool),
-    }
     feed = {}
     for spec in inputs:
-        if spec.cache:
-            feed[spec.name] = _no_past(spec, count)
-        elif spec.name in known:
-            feed[spec.name] = known[spec.name].astype(spec.dtype)
+        if determined(spec):
+            feed[spec.name] = _determined(spec, rows, pad, length)
         elif not spec.optional:
             raise DataError(
-                f"input {spec.name!r}: tokens do not determine it; known are {', '.join(known)} "
+                f"input {spec.name!r}: tokens do not determine it; known are {', '.join(_KNOWN)} "
                 "and past_key_values; give feeds with all inputs (.npz or module:callable)"
             )
     return feed
+
+
+def determined(spec: InputSpec) -> bool:
+    """Whether token ids say what an input of a language model is."""
+    return spec.cache or spec.name in _KNOWN
+
+
+def _determined(
+    spec: InputSpec, rows: Sequence[NDArray[np.int64]], pad: int, length: int
+) -> NDArray[np.generic]:
+    if spec.cache:
+        return _no_past(spec, len(rows))
+    if spec.name == "use_cache_branch":
+        return np.zeros(1, spec.dtype)
+    made = np.zeros((len(rows), length), np.int64)
+    match spec.name:
+        case "input_ids":
+            made[:] = pad
+            for at, row in enumerate(rows):
+                made[at, : len(row)] = row
+        case "attention_mask":
+            for at, row in enumerate(rows):
+                made[at, : len(row)] = 1
+        case "position_ids":
+            made[:] = np.arange(length)
+    return made.astype(spec.dtype)
 
 
 def _no_past(spec: InputSpec, count: int) -> NDArray[np.generic]:

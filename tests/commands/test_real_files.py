@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
+from onnx import helper, numpy_helper
 
 from iobs_onnx.cli import main
-from iobs_onnx.passes import load_model
+from iobs_onnx.passes import find_positions, load_model
 from iobs_onnx.runtime import input_specs
 
 
@@ -32,3 +34,74 @@ def test_a_batch_axis_of_minus_one_is_dynamic(paddle_model: Path, tmp_path: Path
         assert json.loads((tmp_path / "report.json").read_text())["totals"]["sites"] == 35
         check = ["verify", str(out), "--dense", str(paddle_model), "--data", str(tmp_path / data)]
         assert main(check) == 0
+
+
+def bert(folder: Path) -> Path:
+    """Lookups of 30,522 tokens and of 40 positions, counted from 0, and a linear behind them."""
+    node = helper.make_node
+    nodes = [
+        node("Shape", ["input_ids"], ["shape"]),
+        node("Gather", ["shape", "one"], ["length"]),
+        node("Range", ["zero", "length", "one"], ["places"]),
+        node("Gather", ["words", "input_ids"], ["word"]),
+        node("Gather", ["positions", "places"], ["place"]),
+        node("Add", ["word", "place"], ["x"]),
+        node("MatMul", ["x", "w"], ["y"]),
+    ]
+    draw = np.random.default_rng(0)
+    tensors = {
+        "one": np.array(1),
+        "zero": np.array(0),
+        "words": draw.normal(size=(30522, 8)).astype(np.float32),
+        "positions": draw.normal(size=(40, 8)).astype(np.float32),
+        "w": draw.normal(size=(8, 8)).astype(np.float32),
+    }
+    ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["b", "s"])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["b", "s", 8])
+    weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph(nodes, "bert", [ids], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "bert.onnx")
+    return folder / "bert.onnx"
+
+
+def test_text_for_a_model_with_few_positions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import minilm
+
+    model, out = bert(tmp_path), tmp_path / "out.onnx"
+    assert find_positions(load_model(model)) == 40
+    (tmp_path / "text.txt").write_text("\n".join(f"{'so very ' * 60} long {i}" for i in range(8)))
+    text = ["--text", str(tmp_path / "text.txt")]
+    text += ["--tokenizer", str(minilm.weights_folder() / "tokenizer.json")]
+    prune = ["prune", str(model), *text, "--sparsity", "2:4", "--output", str(out), "--quiet"]
+    assert main([*prune, "--sequence-length", "64"]) == 2
+    assert "sequence_length 64: the model has 40 positions" in capsys.readouterr().err
+    assert main(prune) == 0  # not the usual 128
+    check = ["verify", str(out), "--dense", str(model), "--sparsity", "2:4"]
+    assert main([*check, *text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outputs"][0]["relative_error"] > 0
+    assert main([*check, "--samples", "3"]) == 2
+    assert main(["verify", str(out), "--samples", "3"]) == 2
+    assert "samples: says how data are read; give data" in capsys.readouterr().err
+
+
+def test_buckets_of_distances_are_no_positions() -> None:
+    """T5 looks up 32 buckets, whatever the length."""
+    nodes = [
+        helper.make_node("Range", ["zero", "n", "one"], ["places"]),
+        helper.make_node("Cast", ["places"], ["real"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Log", ["real"], ["far"]),
+        helper.make_node("Cast", ["far"], ["bucket"], to=onnx.TensorProto.INT64),
+        helper.make_node("Gather", ["table", "bucket"], ["y"]),
+    ]
+    weights = {"zero": np.array(0), "one": np.array(1), "table": np.zeros((32, 4), np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "t5",
+        [helper.make_tensor_value_info("n", onnx.TensorProto.INT64, [])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    assert find_positions(load_model(helper.make_model(graph, ir_version=8))) is None

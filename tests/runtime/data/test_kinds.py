@@ -90,6 +90,14 @@ def test_text_is_batched_held_out_and_checked(texts: Path, tokenizer: Path) -> N
     assert (data.samples, data.held_out_samples, lengths) == (36, 4, [8, 8, 8, 8, 4])
 
 
+def test_a_tokenizer_of_another_vocabulary_is_refused_or_told(texts: Path, tokenizer: Path) -> None:
+    with pytest.raises(DataError, match=r"gives token \d+, and the model looks up 1000; give the"):
+        TextSamples(str(texts), str(tokenizer), BERT, vocabulary=1000)
+    (note,) = TextSamples(str(texts), str(tokenizer), BERT, vocabulary=40000).notes
+    assert note.startswith("the tokenizer has 30522 tokens, the model 40000")
+    assert TextSamples(str(texts), str(tokenizer), BERT, vocabulary=30522).notes == ()
+
+
 def test_a_model_of_fixed_length_gets_that(texts: Path, tokenizer: Path) -> None:
     fixed = tuple(InputSpec(spec.name, I64, (None, 24)) for spec in BERT)
     samples = TextSamples(str(texts), str(tokenizer), fixed)
@@ -370,6 +378,16 @@ def test_random_samples_fit_the_model_and_warn() -> None:
     feed = next(iter(open_data(RandomSamples(plain, length=3), plain).calibration))
     assert feed["x"].shape == (4, 3, 5)
     assert abs(float(feed["x"].mean())) < 0.6
+
+
+def test_floats_beside_tokens_are_random_too() -> None:
+    """A model of text and images: what tokens do not determine is drawn like all else."""
+    both = (*BERT, InputSpec("pixels", F32, (None, 3, None)), InputSpec("flag", I64, (None,)))
+    feed = RandomSamples(both, ("input_ids", 50), length=6).feed([0, 1, 2])
+    assert feed["input_ids"].shape == (3, 6)
+    assert feed["pixels"].shape == (3, 3, 6)
+    assert feed["pixels"].std() > 0.5
+    assert set(feed["flag"]) <= {0, 1}
 
 
 def test_a_library_that_is_missing_names_the_extra() -> None:
