@@ -6,6 +6,7 @@ from iobs_onnx.passes.checks.deploy import (
     deployment_warnings,
     eligibility_2_4,
     engines_2_4,
+    foreign_operators,
     is_2_4,
     trtexec_command,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "find_sites",
     "find_surroundings",
     "find_token_input",
+    "foreign_operators",
     "instrument",
     "is_2_4",
     "load_model",

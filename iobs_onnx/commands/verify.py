@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from iobs_onnx.commands.printable import to_json
@@ -63,14 +64,18 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0 if result.ok else 1
 
     from iobs_onnx.commands.console import make_console
+    from iobs_onnx.report.outputs import outputs_told
     from iobs_onnx.report.tables import declined_table
 
     console = make_console()
     console.print(_sites_table(result))
     if result.declined:
         console.print(declined_table(result.as_dict()["declined"]))
-    for output in result.outputs:
+    told, caches = outputs_told(result.outputs)
+    for output in told:
         console.print(_output_line(output))
+    if caches:
+        console.print(caches)
     if not result.outputs:
         console.print("outputs were not checked: give data to run the model on")
     for failure in result.failures:
@@ -93,7 +98,7 @@ def _sites_table(result: Verification) -> Table:
     return table
 
 
-def _output_line(output: dict[str, Any]) -> str:
+def _output_line(output: Mapping[str, Any]) -> str:
     near = ""
     if output["cosine"] is not None:
         near = f": relative error {output['relative_error']:.4f}, cosine {output['cosine']:.4f}"

@@ -237,8 +237,8 @@ class PruneConfig:
     )
     budget_error: float | None = _option(
         None,
-        "leave the costliest sites dense until the mean relative error of the outputs on held-out "
-        "samples is at most this",
+        "leave the costliest sites dense until the mean relative error of the outputs, caches "
+        "aside, on held-out samples is at most this",
         check=bound,
         type=float,
     )

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from iobs_onnx.engine import Engine, compare
 from iobs_onnx.errors import CheckError, DataError, GateError, InputError, OptionError
 from iobs_onnx.passes import save_model
+from iobs_onnx.report.outputs import judged
 from iobs_onnx.runtime import Data, OutputFidelity, find_callable
 
 Metric = Callable[[str], float]
@@ -25,7 +26,7 @@ class Verdict:
 
     Attributes:
         outputs: how near each output comes to the dense model's on held-out feeds.
-        error: mean of their relative errors; None without held-out feeds.
+        error: mean of the relative errors of those that are no caches; None without held-out feeds.
         metric: the user's, higher is better; None without one.
     """
 
@@ -79,7 +80,7 @@ class Judge:
             CheckError: its outputs, or the metric's value, are not finite.
         """
         outputs = self.outputs(sparse)
-        errors = [output.relative_error for output in outputs]
+        errors = [output.relative_error for output in _judged(outputs)]
         error = sum(errors) / len(errors) if errors else None
         return Verdict(outputs, error, None if self.metric is None else self.measure(sparse))
 
@@ -93,6 +94,11 @@ class Judge:
         if not math.isfinite(value):
             raise CheckError(f"the metric gave {value} for the pruned model; nothing was written")
         return value
+
+
+def _judged(outputs: Sequence[OutputFidelity]) -> list[OutputFidelity]:
+    names = judged([output.name for output in outputs])
+    return [output for output in outputs if output.name in names]
 
 
 def find_metric(metric: str | Metric | None) -> Metric | None:
@@ -112,7 +118,7 @@ def find_metric(metric: str | Metric | None) -> Metric | None:
 
 
 def require_output_error(outputs: Sequence[OutputFidelity], bound: float | None) -> None:
-    """Hold the relative error of every output on held-out samples to a bound; None for none.
+    """Hold the relative error of every output that is no cache to a bound; None for none.
 
     Raises:
         DataError: there is a bound, and no sample was held out.
@@ -124,7 +130,7 @@ def require_output_error(outputs: Sequence[OutputFidelity], bound: float | None)
         raise DataError(
             f"max_output_error {bound}: the data leave no sample to hold out; give more"
         )
-    worst = max(outputs, key=lambda output: output.relative_error)
+    worst = max(_judged(outputs), key=lambda output: output.relative_error)
     # Not `>`: an error that is NaN must not pass.
     if not worst.relative_error <= bound:
         raise GateError(

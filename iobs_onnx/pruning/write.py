@@ -18,6 +18,8 @@ from iobs_onnx.passes import (
     check_model,
     deployment_warnings,
     engines_2_4,
+    foreign_operators,
+    is_2_4,
     load_model,
     mask_file,
     masks_of,
@@ -183,14 +185,19 @@ def _describe_deployment(
     for feed in feeds:
         for name, array in feed.items():
             seen[name].append(array.shape)
-    engines = [engines_2_4(site) for site in sites]
+    patterns, foreign = list(patterns), foreign_operators(model)
+    held = [site for site, pattern in zip(sites, patterns, strict=True) if is_2_4(pattern)]
+    engines = [engines_2_4(site) for site in held]
+    parsed = [] if foreign else [tensorrt for tensorrt, _ in engines]
+    takes = sum(tensorrt.eligible for tensorrt in parsed)
+    command = trtexec_command(model, output or "sparse.onnx", sites, seen) if takes else None
     return {
-        "tensorrt": sum(tensorrt.eligible for tensorrt, _ in engines),
-        "tensorrt_likely": sum(tensorrt.likely for tensorrt, _ in engines),
+        "tensorrt": takes,
+        "tensorrt_likely": sum(tensorrt.likely for tensorrt in parsed),
         "cusparselt": sum(cusparselt.eligible for _, cusparselt in engines),
-        "trtexec": trtexec_command(model, output or "sparse.onnx", sites, seen),
+        "trtexec": command,
         "warnings": [
-            *deployment_warnings(sites, patterns, available_providers(), config.emit),
+            *deployment_warnings(sites, patterns, available_providers(), config.emit, foreign),
             *(
                 f"output {name!r} was not compared: ONNX Runtime does not know {operator}"
                 for name, operator in outputs_out_of_reach(model).items()

@@ -55,6 +55,15 @@ def _sizes(report: Report) -> list[str]:
     if model.get("bytes") is not None:
         text += f"; the dense model takes {model['bytes']:,}, {model['zstd_bytes']:,} with zstd"
     lines = [text]
+    if model.get("bytes") is not None:
+        grown = {"": "bytes", " with zstd": "zstd_bytes"}
+        more = [
+            f"{out[key] / model[key] - 1:.1%}{how}"
+            for how, key in grown.items()
+            if out[key] > model[key]
+        ]
+        if more:
+            lines.append(f"what is written is larger than the dense model: by {', '.join(more)}")
     if out["left_dense"]:
         lines.append(f"{len(out['left_dense'])} tensors stay dense: report.json says why")
     if out["refused"]:

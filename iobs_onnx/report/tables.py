@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
+from iobs_onnx.report.outputs import outputs_told
 from iobs_onnx.report.record import PruneReport
 from iobs_onnx.report.sentences import outcome
 
@@ -21,7 +22,7 @@ def render(report: PruneReport) -> list[RenderableType]:
     sites.add_column("operator")
     for heading in ("out × in", "zeros", "layer error", *([f"÷ {compared}"] if compared else [])):
         sites.add_column(heading, justify="right")
-    sites.add_column("2:4 usable", justify="center")
+    sites.add_column("fits 2:4", justify="center")
     sites.add_column("s", justify="right")
     for site in report.sites:
         ratio = "–" if site.error_ratio is None else f"{site.error_ratio:.3f}"
@@ -73,21 +74,26 @@ def _summary(report: PruneReport) -> list[RenderableType]:
     lines += calibration.notes
     if "bfloat16" in report.runtime:
         lines.append(f"bfloat16 was {report.runtime['bfloat16']}: a CPU runs no bfloat16")
-    for output in report.verification:
+    told, caches = outputs_told([dataclasses.asdict(output) for output in report.verification])
+    for output in told:
         lines.append(
-            f"output {output.name}: relative error {output.relative_error:.4f}, cosine "
-            f"{output.cosine:.4f} against the dense model on held-out samples"
+            f"output {output['name']}: relative error {output['relative_error']:.4f}, cosine "
+            f"{output['cosine']:.4f} against the dense model on held-out samples"
         )
+    if caches:
+        lines.append(caches)
     if not report.verification:
         lines.append("outputs were not compared: the data leave no sample to hold out")
     lines += outcome(dataclasses.asdict(report))
     engines = report.deployment
-    lines.append(
-        f"2:4 kernels: TensorRT takes {engines['tensorrt']} of {totals['sites']} weights and is "
-        f"likely to pick {engines['tensorrt_likely']}, cuSPARSELt takes {engines['cusparselt']}"
-    )
+    if engines["tensorrt"] or engines["cusparselt"]:
+        lines.append(
+            f"2:4 kernels: TensorRT takes {engines['tensorrt']} of {totals['sites']} weights and "
+            f"is likely to pick {engines['tensorrt_likely']}, cuSPARSELt takes "
+            f"{engines['cusparselt']}"
+        )
     lines += [f"note: {warning}" for warning in engines["warnings"]]
-    if engines["tensorrt"]:
+    if engines["trtexec"]:
         lines.append(f"try it: {engines['trtexec']}")
     seconds = report.seconds
     lines.append(

@@ -180,11 +180,20 @@ def _ranges(value: ir.Value, seen: Sequence[tuple[int, ...]]) -> list[tuple[int,
     return ranges
 
 
+def foreign_operators(model: ir.Model) -> list[str]:
+    """Return the operators that are not ONNX's own: TensorRT's parser does not know them."""
+    nodes = (node for graph in model.graphs() for node in graph)
+    local = {(function.domain, function.name) for function in model.functions.values()}
+    found = {(node.domain, node.op_type) for node in nodes if node.domain not in ("", "ai.onnx")}
+    return sorted(f"{domain} {name}" for domain, name in found - local)
+
+
 def deployment_warnings(
     sites: Sequence[Site],
     patterns: Iterable[Pattern],
     providers: Iterable[str],
     form: str = "dense",
+    foreign: Sequence[str] = (),
 ) -> list[str]:
     """Return, one line each, why no runtime in reach makes the sparse model faster.
 
@@ -193,8 +202,14 @@ def deployment_warnings(
         patterns: what they hold.
         providers: execution providers that the installed ONNX Runtime has.
         form: of the written weights (`--emit`).
+        foreign: from :func:`foreign_operators`.
     """
     lines = []
+    if foreign:
+        lines.append(
+            f"TensorRT's parser does not know {', '.join(foreign)}: by itself it builds no engine "
+            "of this graph; ONNX Runtime's TensorRT provider takes the parts between"
+        )
     others = {str(pattern): None for pattern in patterns if not is_2_4(pattern)}
     engines = [_tensorrt(site) for site in sites]
     if others:

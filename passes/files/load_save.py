@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,8 @@ from iobs_onnx.passes.graph.tensors import slots
 PROTOBUF_LIMIT = 2**31 - 1
 # Leaves room below that limit for all that is not a tensor.
 MAX_INLINE_BYTES = 2_000_000_000
-# Smaller tensors (shapes, axes, scalars) stay in the model, where runtimes want them.
+# Smaller tensors (shapes, axes, scalars) stay in the model, where runtimes want them, unless they
+# lay outside.
 _MIN_EXTERNAL_BYTES = 1024
 _ORIGIN = "iobs_onnx.origin"
 
@@ -37,6 +38,8 @@ class _Origin:
 
     path: Path | None
     external: bool
+    outside: frozenset[str] = frozenset()  # names of the initializers that lay in data files
+    inside: frozenset[str] = frozenset()  # and of those that lay in the model beside them
 
 
 def load_model(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir.Model:
@@ -69,8 +72,10 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir
     _require_connected(loaded, label)
     for tensor in _external_tensors(loaded):
         _require_data(tensor, label)
-    external = _origin(loaded).external or bool(_external_tensors(loaded))
-    loaded.graph.meta[_ORIGIN] = _Origin(path, external)
+    origin = _origin(loaded)
+    if not origin.external:
+        origin = _where(loaded)
+    loaded.graph.meta[_ORIGIN] = replace(origin, path=path)
     return loaded
 
 
@@ -82,8 +87,9 @@ def save_model(
 ) -> None:
     """Write a model so that its file is either whole or not there.
 
-    Initializers of 1 KiB and more go to `<name>.data` beside it when the model was loaded with
-    external data or would exceed protobuf's 2 GB. They are copied one at a time, and the data
+    A model that was loaded with external data has them in `<name>.data` beside it: initializers
+    stay outside or inside as they were, and new ones go outside from 1 KiB. So do all of that
+    size where the model would exceed protobuf's 2 GB. They are copied one at a time, and the data
     file is packed anew, so nothing of a replaced weight stays in it. `masks` go to
     `<name>.masks.safetensors`, by the names of stored tensors. All files are written beside their
     places and then renamed, the model last.
@@ -113,7 +119,7 @@ def saving(
     try:
         with replacing_all([mask_file(target), data, target]) as folder:
             if external:
-                _externalize(model, os.fspath(folder), data.name)
+                _externalize(model, _layout(model), os.fspath(folder), data.name)
             else:
                 bring_into_memory(model)
             beside = folder / target.name
@@ -182,6 +188,20 @@ def model_files(path: str | os.PathLike[str]) -> list[Path]:
 def _origin(model: ir.Model) -> _Origin:
     origin = model.graph.meta.get(_ORIGIN)
     return origin if isinstance(origin, _Origin) else _Origin(None, external=False)
+
+
+def _where(model: ir.Model) -> _Origin:
+    """Return what lies outside and inside a model, as it was loaded."""
+    outside: set[str] = set()
+    inside: set[str] = set()
+    for slot in slots(model):
+        if slot.attribute is None:
+            held = outside if isinstance(slot.tensor, ir.ExternalTensor) else inside
+            held.add(slot.value.name or "")
+    external = bool(_external_tensors(model))
+    return _Origin(
+        None, external, frozenset(outside), frozenset(inside) if external else frozenset()
+    )
 
 
 def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
@@ -296,15 +316,23 @@ def _forbid_overwriting(model: ir.Model, outputs: list[Path]) -> None:
                 )
 
 
-def _externalize(model: ir.Model, folder: str, name: str) -> None:
-    """Move the large initializers to one new data file and bring all others into the model."""
+def _layout(model: ir.Model) -> _Origin:
+    """Return where a model's initializers lay, unless those inside became too large to stay."""
+    origin = _origin(model)
+    inside = sum(slot.tensor.nbytes for slot in slots(model) if slot.value.name in origin.inside)
+    return origin if inside <= MAX_INLINE_BYTES else replace(origin, inside=frozenset())
+
+
+def _externalize(model: ir.Model, layout: _Origin, folder: str, name: str) -> None:
+    """Move initializers to one new data file, as they lay, and bring all others into the model."""
     large = []
     for slot in slots(model):
         tensor = slot.tensor
         if preserve.stays_sparse(slot):
             continue
         is_raw = slot.attribute is None and tensor.dtype != ir.DataType.STRING
-        if is_raw and tensor.nbytes >= _MIN_EXTERNAL_BYTES:
+        goes = tensor.nbytes >= _MIN_EXTERNAL_BYTES and slot.value.name not in layout.inside
+        if is_raw and (goes or slot.value.name in layout.outside):
             large.append(slot)
         elif isinstance(tensor, ir.ExternalTensor):
             slot.put(ir.external_data.convert_tensors_from_external([tensor])[0])

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from iobs_onnx.errors import OptionError
 from iobs_onnx.passes import replacing
+from iobs_onnx.report.outputs import outputs_told
 from iobs_onnx.report.page import figures
 from iobs_onnx.report.page.comparison import Comparison
 from iobs_onnx.report.page.words import breakable, clamp, count_of, duration, option_text, show
@@ -57,10 +58,13 @@ def render_report(report: Report) -> str:
         ("declined", "Declined"),
         ("run", "Run"),
     ]
+    told, caches = outputs_told(report["verification"])
     return _fill(
         "report.html",
         {
             **report,
+            "verification": told,
+            "caches": caches,
             "name": Path(report["model"]["path"] or "model in memory").name,
             "sections": sections,
             "figures": drawn,
@@ -69,7 +73,7 @@ def render_report(report: Report) -> str:
             "compared": len(ratios),
             "warnings": _warnings(report),
             "outcome": [line[0].upper() + line[1:] for line in outcome(report)],
-            "rules": _rules(sites),
+            "rules": _rules(sites) if _holds_2_4(report) else [],
             "masks": _masks(sites),
             "declined": _by_reason(report["declined"]),
             "times": _times(report["seconds"]),
@@ -79,6 +83,14 @@ def render_report(report: Report) -> str:
             ],
             "made_with": _made_with(report),
         },
+    )
+
+
+def _holds_2_4(report: Report) -> bool:
+    """Whether what engines say of 2:4 is of use: some weight holds it, or was to."""
+    counts = report["deployment"]
+    return report["options"]["sparsity"] == "2:4" or bool(
+        counts["tensorrt"] or counts["cusparselt"]
     )
 
 

@@ -11,6 +11,7 @@ from iobs_onnx.passes import (
     deployment_warnings,
     engines_2_4,
     find_sites,
+    foreign_operators,
     is_2_4,
     load_model,
     trtexec_command,
@@ -110,6 +111,15 @@ def test_the_command_has_the_precision_of_the_weights(make):
     half = site_of(make, (8, 8), np.float16)
     plain = load_model(make([], {"x": [1, 8]}, {}, ["x"]))
     assert trtexec_command(plain, "m.onnx", [half]).endswith("--sparsity=enable --fp16")
+
+
+def test_operators_of_others_are_named(model):
+    assert foreign_operators(model) == []
+    node = next(iter(model.graph))
+    node.domain, node.op_type = "com.microsoft", "FusedMatMul"
+    assert foreign_operators(model) == ["com.microsoft FusedMatMul"]
+    (line, *_) = deployment_warnings([], [], [], foreign=foreign_operators(model))
+    assert "TensorRT's parser does not know com.microsoft FusedMatMul" in line
 
 
 def test_warnings(make):

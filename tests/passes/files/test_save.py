@@ -124,13 +124,13 @@ def test_external_data_stay_external_and_leave_no_stale_bytes(
     save_model(model, out)
     assert folder_of(out.parent) == ["sparse.onnx", "sparse.onnx.data"]
     data = (out.parent / "sparse.onnx.data").read_bytes()
-    assert data == (-W).tobytes()
+    assert data == (-W).tobytes() + (-W[0]).tobytes()
     inside = {
         t.name: t.data_location == onnx.TensorProto.EXTERNAL
         for t in onnx.load(out, load_external_data=False).graph.initializer
     }
-    # 128 bytes are not worth a place outside.
-    assert inside == {"w": True, "b": False, "unused": False, "s": False}
+    # 128 bytes are not worth a place outside, but that is where they were.
+    assert inside == {"w": True, "b": False, "unused": True, "s": False}
     check_model(out)
     after, before = onnx.load(out), onnx.load(external)
     for proto in (after, before):
@@ -143,6 +143,29 @@ def test_external_data_stay_external_and_leave_no_stale_bytes(
     assert np.array_equal(
         run(onnx.load(out), {"x": x})["out"], -(W @ W[:2].T) + np.float32([0.5, 0.25])
     )
+
+
+def test_large_tensors_inside_a_model_with_external_data_stay_inside(rich, tmp_path):
+    """Each stays where it was; a new one goes by its size."""
+    onnx.save(rich, tmp_path / "in.onnx")
+    proto = onnx.load(tmp_path / "in.onnx")
+    for tensor in proto.graph.initializer:
+        if tensor.name == "unused":
+            (tmp_path / "few.bin").write_bytes(tensor.raw_data)
+            size = len(tensor.raw_data)
+            onnx.external_data_helper.set_external_data(tensor, "few.bin", 0, size)
+            tensor.ClearField("raw_data")
+    onnx.save(proto, tmp_path / "in.onnx")
+    model = load_model(tmp_path / "in.onnx")
+    rewrite(model, {"w": -W})
+    new = ir.Value(name="new", const_value=ir.tensor(W, name="new"))
+    model.graph.initializers["new"] = new
+    save_model(model.clone(), tmp_path / "out.onnx")
+    where = {
+        t.name: t.data_location == onnx.TensorProto.EXTERNAL
+        for t in onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.initializer
+    }
+    assert (where["w"], where["unused"], where["new"]) == (False, True, True)
 
 
 def test_external_constant_of_a_node_comes_into_the_model(rich, external, tmp_path):
