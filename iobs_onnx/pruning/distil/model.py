@@ -8,6 +8,7 @@ from itertools import chain
 
 import onnx_ir as ir
 
+from iobs_onnx.engine import kept_memory
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.distil.losses import find_targets
 from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
@@ -23,7 +24,12 @@ from iobs_onnx.pruning.distil.training import (
     train,
 )
 from iobs_onnx.runtime import Feed
-from iobs_onnx.runtime.differentiable import Evaluator, agreement, unsupported
+from iobs_onnx.runtime.differentiable import (
+    Evaluator,
+    agreement,
+    multiplies_bfloat16,
+    unsupported,
+)
 
 
 def distil(
@@ -79,25 +85,25 @@ def distil(
         raise DataError(f"distillation: there are no {what}")
     began = time.perf_counter()
     pair = _pair(dense, sparse, ahead[0], kept, settings)
-    before = pair.judge(held_out)
-    start = State.of(pair, before)
-    rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
-    steps = settings.steps
-    if settings.seconds is not None:
-        left = settings.seconds - (time.perf_counter() - began)
-        steps = planned(pair, ahead, left, settings.clip, start)
+    with kept_memory():
+        start = State.of(pair, pair.judge(held_out))
+        rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
+        steps = settings.steps
+        if settings.seconds is not None:
+            left = settings.seconds - (time.perf_counter() - began)
+            steps = planned(pair, ahead, left, settings.clip, start)
 
-    def tell(step: int, loss: float) -> None:
-        if told is not None:
-            told(step, steps, loss)
+        def tell(step: int, loss: float) -> None:
+            if told is not None:
+                told(step, steps, loss)
 
-    plan = Plan(steps, rate, settings.warm_up, settings.clip, settings.checks, tell)
-    run = train(pair, chain(ahead, stream), held_out, plan, start)
-    accepted = run.best < before
+        plan = Plan(steps, rate, settings.warm_up, settings.clip, settings.checks, tell)
+        run = train(pair, chain(ahead, stream), held_out, plan, start)
+    accepted = run.best < start.loss
     return Distilled(
         tensors={m.name: m.stored() for m in pair.masters} if accepted else {},
         curve=run.curve,
-        before=before,
+        before=start.loss,
         after=run.best,
         accepted=accepted,
         steps=run.steps,
@@ -107,6 +113,7 @@ def distil(
         rate=rate,
         losses={target.output: target.kind for target in pair.targets},
         trained=sum(m.count for m in pair.masters),
+        factors="bfloat16" if pair.rounds else "float32",
         notes=(run.note,) if run.note else (),
     )
 
@@ -139,6 +146,7 @@ def _pair(
         _evaluator(sparse, feed, "sparse", recompute=settings.recompute),
         targets,
         trained,
+        multiplies_bfloat16(),
     )
 
 

@@ -75,6 +75,8 @@ class Distilled:
         rate: the learning rate at the top of the schedule.
         losses: output to the kind of loss it had.
         trained: numbers in tensors that were trained, those outside the masks not counted.
+        factors: in what steps multiplied: `bfloat16` where the processor has instructions for it
+            (sums, weights and all that judges are float32), else `float32`.
         notes: what a report must say.
     """
 
@@ -90,6 +92,7 @@ class Distilled:
     rate: float
     losses: Mapping[str, str]
     trained: int
+    factors: str
     notes: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class Distilled:
             **{name: getattr(self, name) for name in names},
             "losses": dict(self.losses),
             "trained": self.trained,
+            "factors": self.factors,
             "curve": [list(point) for point in self.curve],
             "notes": list(self.notes),
         }

@@ -17,7 +17,7 @@ from iobs_onnx.pruning.distil.losses import Distance, Target, distance
 from iobs_onnx.pruning.distil.trained import Master
 from iobs_onnx.runtime import Feed
 from iobs_onnx.runtime.data.open import PAD_MASK
-from iobs_onnx.runtime.differentiable import Evaluator
+from iobs_onnx.runtime.differentiable import Evaluator, bfloat16_factors
 
 BETAS = (0.9, 0.99)
 # Rates that the range test tries, in units of the root mean square of the masked weights, and the
@@ -36,12 +36,14 @@ class Pair:
         dense, sparse: evaluated in float32.
         targets: what is compared.
         masters: take the place of stored tensors of the sparse model.
+        rounds: whether steps multiply in bfloat16 what is large enough.
     """
 
     dense: Evaluator
     sparse: Evaluator
     targets: Sequence[Target]
     masters: Sequence[Master]
+    rounds: bool = False
 
     def distance(self, feed: Feed, *, rounded: bool = False) -> Distance:
         """Return the loss on a feed; `rounded` as the weights would be stored."""
@@ -95,7 +97,8 @@ class Steps:
     """Steps of Adam over a pair's masters; zeros outside the masks stay zeros.
 
     Kingma and Ba, "Adam", 2015. A gradient that is zero from the first step on moves nothing, so
-    that masking gradients is enough.
+    that masking gradients is enough. What is judged is computed in float32 throughout; steps round
+    the factors of large products where the pair says so.
     """
 
     def __init__(self, pair: Pair, clip: float) -> None:
@@ -107,12 +110,13 @@ class Steps:
         """Take one step; a loss or gradient that is not finite moves nothing."""
         for value in self._values:
             value.grad = None
-        found = self._pair.distance(feed)
-        if not found.loss.requires_grad:
-            raise ModelError("distillation: no output depends on the weights to train")
-        if not bool(torch.isfinite(found.loss)):
-            return Distance(found.loss.detach(), found.rows)
-        found.loss.backward()
+        with bfloat16_factors(self._pair.rounds):
+            found = self._pair.distance(feed)
+            if not found.loss.requires_grad:
+                raise ModelError("distillation: no output depends on the weights to train")
+            if not bool(torch.isfinite(found.loss)):
+                return Distance(found.loss.detach(), found.rows)
+            found.loss.backward()
         for master in self._pair.masters:
             if master.mask is not None and master.value.grad is not None:
                 master.value.grad.mul_(master.mask)
