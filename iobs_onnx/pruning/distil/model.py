@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.distil.losses import find_targets
-from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
+from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, masters
 from iobs_onnx.pruning.distil.training import (
     TRIED,
@@ -82,7 +82,7 @@ def distil(
     before = pair.judge(held_out)
     start = State.of(pair, before)
     rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
-    steps = settings.steps
+    steps = settings.steps or STEPS
     if settings.seconds is not None:
         left = settings.seconds - (time.perf_counter() - began)
         steps = planned(pair, ahead, left, settings.clip, start)
