@@ -22,7 +22,7 @@ RULES: list[tuple[tuple[str, ...], tuple[Any, ...], tuple[Any, ...], str]] = [
         (0, True, 1.0, "1"),
         "an integer of at least 1",
     ),
-    (("distill_steps",), (1, 400), (0, True, 1.0, None), "an integer of at least 1"),
+    (("distill_steps",), (1, 400, None), (0, True, 1.0), "an integer of at least 1"),
     (
         ("distill_time",),
         (0.5, 60, None),

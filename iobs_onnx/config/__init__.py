@@ -203,18 +203,26 @@ class PruneConfig:
         type=float,
         metavar="F",
     )
-    distill: Literal["none", "model"] = _option(
+    distill: Literal["none", "blocks", "model", "both"] = _option(
         "none",
-        "train what is kept, biases and norms towards the dense model's outputs, without labels; "
-        "taken only if the held-out loss falls. With --calibration self the model goes on writing",
-        choices=("none", "model"),
+        "train what is kept, biases and norms towards the dense model, without labels: block by "
+        "block towards its activations, the whole model towards its outputs, or one after the "
+        "other; taken only if the held-out loss falls. With --calibration self the model goes on "
+        "writing while the whole is trained",
+        choices=("none", "blocks", "model", "both"),
     )
-    distill_steps: int = _option(
-        400, "steps of --distill, each on one batch", check=integer(1), type=int, metavar="N"
+    distill_steps: int | None = _option(
+        None,
+        "steps of --distill, each on one batch: of the whole model (default: 400), and of all "
+        "blocks together (default: eight passes of each over the data)",
+        check=integer(1),
+        type=int,
+        metavar="N",
     )
     distill_time: float | None = _option(
         None,
-        "in place of --distill-steps: as many as fit into this: 90s, 20min, 1.5h",
+        "in place of --distill-steps: as many as fit into this: 90s, 20min, 1.5h; of both, half "
+        "for each",
         check=seconds,
         metavar="TIME",
     )
@@ -320,9 +328,9 @@ class PruneConfig:
                 f"distill {self.distill}: trains float weights, not those of quantize "
                 f"{self.quantize}; leave one of them out"
             )
-        for name, unset in (("distill_steps", 400), ("distill_time", None)):
-            if self.distill == "none" and (value := getattr(self, name)) != unset:
-                raise OptionError(f"{name} {value}: goes with distill model")
+        for name in ("distill_steps", "distill_time"):
+            if self.distill == "none" and (value := getattr(self, name)) is not None:
+                raise OptionError(f"{name} {value}: goes with distill blocks, model or both")
         if self.min_metric is not None and self.metric is None:
             raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
         if self.allocate == "error" and isinstance(self.sparsity, NM):

@@ -23,7 +23,7 @@ from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.passes import find_sites, load_model, model_hash, require_opset
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
-from iobs_onnx.pruning.distil.stage import DistilModel, require_distillable
+from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, require_distillable
 from iobs_onnx.pruning.finish import Finish
 from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
 from iobs_onnx.pruning.leave_dense import LeaveDense, reason
@@ -116,8 +116,8 @@ def prune(
     once = (config.rounds, config.allocate, config.permute, config.distill)
     if once != (1, "uniform", False, "none"):  # these read the feeds more than once
         data = data.in_memory()
-    if config.distill == "model":
-        require_distillable(dense, data)
+    if config.distill != "none":
+        require_distillable(dense, data, config.distill)
     with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, Path(spill))
@@ -133,7 +133,7 @@ def prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        stages = _model_stages(config, sources, model, judge)
+        stages = _model_stages(config, sources, model, judge, checkpoint)
         final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, output)
@@ -155,7 +155,7 @@ def prune(
             permutations=permutations,
             allocation=allocation.as_list(),
             rounds=rounded.trace,
-            distillation=final.told.get("distil"),
+            distillation=_distillation(final),
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
@@ -182,15 +182,23 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
 
 
 def _model_stages(
-    config: PruneConfig, sources: Sequence[Any], model: Model, judge: Judge
+    config: PruneConfig, sources: Sequence[Any], model: Model, judge: Judge, checkpoint: Checkpoint
 ) -> list[ModelStage]:
     """Return what is done to the whole model after the last round."""
     stages: list[ModelStage] = []
-    if config.distill == "model":
+    if config.distill in ("blocks", "both"):
+        stages.append(DistilBlocks(judge, checkpoint))
+    if config.distill in ("model", "both"):
         stages.append(DistilModel(sources, model))
     if config.budget_error is not None or config.min_metric is not None:
         stages.append(LeaveDense(judge))
     return stages
+
+
+def _distillation(final: Pruned) -> dict[str, Any] | None:
+    """Return what is told of the whole model's training, with that of the blocks beside it."""
+    model, blocks = (final.told.get(name) for name in ("distil", "distil blocks"))
+    return None if model is blocks is None else {**(model or {}), "blocks": blocks}
 
 
 def _random_tokens(rounds: Rounds) -> float:

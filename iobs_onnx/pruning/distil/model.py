@@ -11,7 +11,7 @@ import onnx_ir as ir
 from iobs_onnx.engine import kept_memory
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.distil.losses import find_targets
-from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
+from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, masters
 from iobs_onnx.pruning.distil.training import (
     TRIED,
@@ -88,7 +88,7 @@ def distil(
     with kept_memory():
         start = State.of(pair, pair.judge(held_out))
         rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
-        steps = settings.steps
+        steps = settings.steps or STEPS
         if settings.seconds is not None:
             left = settings.seconds - (time.perf_counter() - began)
             steps = planned(pair, ahead, left, settings.clip, start)

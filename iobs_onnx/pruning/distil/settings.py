@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from iobs_onnx.errors import OptionError
 
+# Steps over a whole model, where neither steps nor a time are given.
+STEPS = 400
+
 Loss: TypeAlias = Literal["auto", "kl", "mse", "embedding"]
 
 
@@ -19,7 +22,8 @@ class DistilSettings:
     """How a sparse model is trained towards the dense one.
 
     Attributes:
-        steps: of Adam; each takes one feed.
+        steps: of Adam, all blocks together; each takes one feed. None for 400 over the whole model,
+            or for eight passes of each block over the data.
         seconds: of wall time instead of `steps`: the first steps are timed and as many are planned
             as fit. Two runs then differ, as their numbers of steps do.
         rate: Adam's learning rate at the top of the schedule; None for one that a range test finds.
@@ -33,7 +37,7 @@ class DistilSettings:
         seed: of what the training draws itself; feeds have seeds of their own.
     """
 
-    steps: int = 400
+    steps: int | None = None
     seconds: float | None = None
     rate: float | None = None
     loss: Loss = "auto"
@@ -48,7 +52,7 @@ class DistilSettings:
     def __post_init__(self) -> None:
         """Raise OptionError for a value out of range."""
         for name, value in (("steps", self.steps), ("checks", self.checks)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise OptionError(f"distillation: {name} {value}: must be at least 1")
         for name, number in (("seconds", self.seconds), ("rate", self.rate), ("clip", self.clip)):
             if number is not None and not number > 0:

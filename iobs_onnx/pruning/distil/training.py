@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,18 +29,28 @@ TRIED = 8
 _LOST = 4.0
 
 
+class Teacher(Protocol):
+    """The dense model, or a part of it, as a function of a feed."""
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], *, outputs: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """Return values by name."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """The dense and the sparse model as functions of a feed.
 
     Attributes:
-        dense, sparse: evaluated in float32.
+        dense: gives the values to come near to.
+        sparse: evaluated in float32.
         targets: what is compared.
         masters: take the place of stored tensors of the sparse model.
         rounds: whether steps multiply in bfloat16 what is large enough.
     """
 
-    dense: Evaluator
+    dense: Teacher
     sparse: Evaluator
     targets: Sequence[Target]
     masters: Sequence[Master]
@@ -193,7 +204,7 @@ class Plan:
 
 
 def train(
-    pair: Pair, feeds: Iterator[Feed], held_out: Sequence[Feed], plan: Plan, start: State
+    pair: Pair, feeds: Iterator[Feed], held_out: Iterable[Feed], plan: Plan, start: State
 ) -> Run:
     """Train, judging now and then, and leave the best state in the masters.
 
