@@ -133,7 +133,7 @@ def prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        stages = _model_stages(config, sources, model, judge)
+        stages = _model_stages(config, sources, model, LeaveDense(judge, allocation.prices))
         final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, output)
@@ -182,14 +182,14 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
 
 
 def _model_stages(
-    config: PruneConfig, sources: Sequence[Any], model: Model, judge: Judge
+    config: PruneConfig, sources: Sequence[Any], model: Model, leave_dense: LeaveDense
 ) -> list[ModelStage]:
     """Return what is done to the whole model after the last round."""
     stages: list[ModelStage] = []
     if config.distill == "model":
         stages.append(DistilModel(sources, model))
     if config.budget_error is not None or config.min_metric is not None:
-        stages.append(LeaveDense(judge))
+        stages.append(leave_dense)
     return stages
 
 
