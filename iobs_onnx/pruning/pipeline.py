@@ -133,7 +133,13 @@ def prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        stages = _model_stages(config, sources, model, judge, checkpoint)
+        stages = _model_stages(
+            config,
+            sources,
+            model,
+            DistilBlocks(judge, checkpoint),
+            LeaveDense(judge, allocation.prices),
+        )
         final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, output)
@@ -182,16 +188,20 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
 
 
 def _model_stages(
-    config: PruneConfig, sources: Sequence[Any], model: Model, judge: Judge, checkpoint: Checkpoint
+    config: PruneConfig,
+    sources: Sequence[Any],
+    model: Model,
+    blocks: DistilBlocks,
+    leave_dense: LeaveDense,
 ) -> list[ModelStage]:
     """Return what is done to the whole model after the last round."""
     stages: list[ModelStage] = []
     if config.distill in ("blocks", "both"):
-        stages.append(DistilBlocks(judge, checkpoint))
+        stages.append(blocks)
     if config.distill in ("model", "both"):
         stages.append(DistilModel(sources, model))
     if config.budget_error is not None or config.min_metric is not None:
-        stages.append(LeaveDense(judge))
+        stages.append(leave_dense)
     return stages
 
 

@@ -125,7 +125,7 @@ def require_trainable(model: ir.Model, feed: Feed) -> None:
         ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match.
     """
     find_targets(model, "auto")
-    _evaluator(model, feed, "dense", recompute=False)
+    evaluator(model, feed, "dense")
 
 
 def _pair(
@@ -142,26 +142,36 @@ def _pair(
     if not trained:
         raise ModelError("distillation: no mask was given, and the model has no biases to train")
     return Pair(
-        _evaluator(dense, feed, "dense", recompute=False),
-        _evaluator(sparse, feed, "sparse", recompute=settings.recompute),
+        evaluator(dense, feed, "dense"),
+        evaluator(sparse, feed, "sparse", recompute=settings.recompute),
         targets,
         trained,
         multiplies_bfloat16(),
     )
 
 
-def _evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool) -> Evaluator:
-    """Return a model's evaluation in float32, once it has been held against ONNX Runtime's."""
+def evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool = False) -> Evaluator:
+    """Return a model's evaluation in float32, once it has been held against ONNX Runtime's.
+
+    Args:
+        model: the model.
+        feed: on which the two are compared.
+        which: `dense` or `sparse`, for the message.
+        recompute: activations for the gradient instead of keeping them.
+
+    Raises:
+        ModelError: it cannot be evaluated, or is evaluated otherwise.
+    """
     if reasons := unsupported(model):
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise ModelError(
             f"distillation: the {which} model cannot be evaluated in torch: {reasons[0]}{more}"
         )
-    evaluator = Evaluator(model, precision="float32", checkpoint=recompute)
-    found = agreement(model, [feed], evaluator=evaluator)
+    made = Evaluator(model, precision="float32", checkpoint=recompute)
+    found = agreement(model, [feed], evaluator=made)
     if not found.ok:
         raise ModelError(f"distillation: the {which} model: {found.reason}")
-    return evaluator
+    return made
 
 
 def _values(model: ir.Model) -> Iterator[str]:
