@@ -6,8 +6,6 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +21,7 @@ from iobs_onnx.passes import (
     eligibility_2_4,
     find_sites,
     load_model,
+    scratch,
     stored_slots,
 )
 from iobs_onnx.pruning.selection import select
@@ -165,8 +164,8 @@ def _outputs(
 
     feeds = open_data(data, input_specs(sparse), holdout=0).calibration
     reference = sparse if dense is None else load_model(dense)
-    with TemporaryDirectory(prefix="iobs-onnx-") as folder:
-        engine = Engine(provider, default_memory_budget(), Path(folder))
+    with scratch() as folder:
+        engine = Engine(provider, default_memory_budget(), folder)
         found = [dataclasses.asdict(item) for item in compare(reference, sparse, feeds, engine)]
     if dense is None:
         return [{**item, "relative_error": None, "cosine": None} for item in found]

@@ -21,6 +21,7 @@ from iobs_onnx.passes.edit.permute import Chain, find_chains, permute_channels
 from iobs_onnx.passes.edit.rewrite import rewrite
 from iobs_onnx.passes.edit.sparse_form import masks_of, sparse_bytes, store_sparsely
 from iobs_onnx.passes.files.atomic import replacing
+from iobs_onnx.passes.files.folders import locked, scratch, working_in, writing_to
 from iobs_onnx.passes.files.load_save import (
     bring_into_memory,
     load_model,
@@ -65,6 +66,7 @@ __all__ = [
     "instrument",
     "is_2_4",
     "load_model",
+    "locked",
     "mask_file",
     "masks_of",
     "model_hash",
@@ -81,6 +83,7 @@ __all__ = [
     "rewrite_biases",
     "save_model",
     "saving",
+    "scratch",
     "sparse_bytes",
     "store_as_integers",
     "store_sparsely",
@@ -88,4 +91,6 @@ __all__ = [
     "trtexec_command",
     "why_not_integers",
     "widen",
+    "working_in",
+    "writing_to",
 ]

@@ -318,7 +318,8 @@ def _spec(value: ir.Value, *, optional: bool) -> InputSpec:
         raise ModelError(f"input {value.name!r}: its type {value.type} cannot be fed from NumPy")
     shape = None
     if value.shape is not None:
-        shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+        # Paddle2ONNX writes a dynamic axis as -1.
+        shape = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in value.shape)
     return InputSpec(value.name or "", value.dtype.numpy(), shape, optional)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
+from iobs_onnx.commands.printable import to_json
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.config.checks import seconds
 from iobs_onnx.errors import OptionError
@@ -119,7 +119,7 @@ def _distill(arguments: argparse.Namespace) -> int:
         **{name: value for name in _DATA if (value := getattr(arguments, name)) is not None},
     )
     if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(to_json(found.as_dict()))
     elif not arguments.quiet:
         _show(console, found)
     return 0

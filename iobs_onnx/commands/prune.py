@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from iobs_onnx.commands.printable import to_json
 from iobs_onnx.config import PruneConfig, require_known
 from iobs_onnx.errors import OptionError
 from iobs_onnx.pruning.progress import Progress
@@ -101,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
         saved = result.report.save(report_dir)
         written += [str(saved), str(saved.with_name("report.html"))]
     if arguments.json:
-        print(result.report.to_json())
+        print(to_json(json.loads(result.report.to_json())))
     elif not arguments.quiet:
         for part in render(result.report):
             console.print(part)

@@ -21,7 +21,16 @@ import torch
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
-from iobs_onnx.passes import find_sites, load_model, model_hash, require_opset
+from iobs_onnx.passes import (
+    find_sites,
+    load_model,
+    locked,
+    model_hash,
+    require_opset,
+    scratch,
+    working_in,
+    writing_to,
+)
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
 from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, require_distillable
 from iobs_onnx.pruning.finish import Finish
@@ -105,8 +114,30 @@ def prune(
         GateError: it does not hold a bound that an option set.
     """
     config = make_config({"sparsity": sparsity, "solver": solver, **options})
+    with writing_to(output):
+        return _prune(
+            model,
+            config,
+            calibration=calibration,
+            output=output,
+            holdout=holdout,
+            work_dir=work_dir,
+            progress=progress or Progress(),
+        )
+
+
+def _prune(
+    model: Model,
+    config: PruneConfig,
+    *,
+    calibration: Any,
+    output: str | os.PathLike[str] | None,
+    holdout: Any,
+    work_dir: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> PruneResult:
+    """Prune a model whose output is this run's alone; see :func:`prune`."""
     started = time.perf_counter()
-    progress = progress or Progress()
     device, metric = _device(config), find_metric(config.metric)
     dense = load_model(model)
     require_form(dense, output, config.emit)
@@ -118,9 +149,9 @@ def prune(
         data = data.in_memory()
     if config.distill != "none":
         require_distillable(dense, data, config.distill)
-    with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
+    with _work_folder(work_dir) as folder, _spill(folder) as spill:
         budget = config.memory_budget or default_memory_budget()
-        engine = Engine(config.provider, budget, Path(spill))
+        engine = Engine(config.provider, budget, spill)
         checkpoint = Checkpoint(folder)
         if work_dir is not None:
             checkpoint.claim(_identity(model, work_dir, config, None if holdout is None else data))
@@ -243,17 +274,29 @@ def _device(config: PruneConfig) -> torch.device:
 def _work_folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     """Enter the folder for what is solved; one that was not asked for goes with the run."""
     if work_dir is None:
-        with TemporaryDirectory(prefix="iobs-onnx-") as temporary:
-            yield Path(temporary)
+        with scratch() as temporary:
+            yield temporary
         return
-    folder = Path(work_dir)
+    folder = Path(work_dir).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{_STREAMS}*"):  # of a run that was cut off
-            shutil.rmtree(left)
     except OSError as error:
         raise OptionError(f"work-dir {work_dir}: cannot be used ({error.strerror})") from error
-    yield folder
+    with (
+        locked(folder / ".lock", f"work-dir {work_dir}"),
+        working_in(folder, "move it to a larger disk and give --work-dir there"),
+    ):
+        for left in folder.glob(f"{_STREAMS}*"):  # of a run that was cut off
+            shutil.rmtree(left)
+        yield folder
+
+
+@contextmanager
+def _spill(folder: Path) -> Iterator[Path]:
+    """Enter a folder for activations, which goes with the block."""
+    made = TemporaryDirectory(prefix=_STREAMS, dir=folder, ignore_cleanup_errors=True)
+    with made as spill:
+        yield Path(spill)
 
 
 def _identity(

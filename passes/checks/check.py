@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import CheckError, OptionError
+from iobs_onnx.passes.files.folders import scratch
 from iobs_onnx.passes.files.load_save import save_model
 from iobs_onnx.passes.graph.tensors import release, stored_slots
 from iobs_onnx.site import Site
@@ -86,8 +85,8 @@ def check_model(model: ir.Model | str | os.PathLike[str]) -> None:
     """
     if isinstance(model, ir.Model):
         # The checker takes models above 2 GB and external data only from a file.
-        with tempfile.TemporaryDirectory(prefix="iobs-onnx-") as folder:
-            file = Path(folder, "model.onnx")
+        with scratch() as folder:
+            file = folder / "model.onnx"
             save_model(model, file)
             _run_checker(file, f"model {model.graph.name!r}")
         return

@@ -143,8 +143,8 @@ def require_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Raise what :func:`save_model` would, before hours are spent on what cannot be written.
 
     Raises:
-        OptionError: the folder does not exist, or the output would overwrite a file that the
-            model was loaded from.
+        OptionError: the output is a folder, or would overwrite a file that the model was loaded
+            from.
     """
     _output_files(model, path)
 
@@ -274,8 +274,8 @@ def _output_files(model: ir.Model, path: str | os.PathLike[str]) -> tuple[Path, 
     """Return the model's file, its data file, and whether the latter is wanted."""
     target = Path(path).absolute()
     data = target.with_name(f"{target.name}.data")
-    if not target.parent.is_dir():
-        raise OptionError(f"output {path}: folder {target.parent} does not exist; create it")
+    if target.is_dir():
+        raise OptionError(f"output {path}: is a folder; give a file in it")
     inline = (slot for slot in slots(model) if not preserve.stays_sparse(slot))
     inline_bytes = sum(slot.tensor.nbytes for slot in inline)
     external = _origin(model).external or inline_bytes > MAX_INLINE_BYTES

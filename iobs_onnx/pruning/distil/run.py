@@ -24,6 +24,7 @@ from iobs_onnx.passes import (
     require_output,
     rewrite,
     saving,
+    writing_to,
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks, judged
@@ -102,7 +103,33 @@ def distil_file(
         InputError: a model, the data or an option is at fault.
         CheckError: onnx.checker refuses the result and not the sparse model.
     """
-    settings = settings or DistilSettings()
+    with writing_to(output):
+        return _distil_file(
+            dense,
+            sparse,
+            calibration=calibration,
+            output=output,
+            holdout=holdout,
+            mirror=mirror,
+            settings=settings or DistilSettings(),
+            progress=progress or Progress(),
+            options=options,
+        )
+
+
+def _distil_file(
+    dense: str | os.PathLike[str],
+    sparse: str | os.PathLike[str],
+    *,
+    calibration: Any,
+    output: str | os.PathLike[str] | None,
+    holdout: Any,
+    mirror: bool,
+    settings: DistilSettings,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> Distillation:
+    """Distil into an output that is this run's alone; see :func:`distil_file`."""
     # A pattern is not asked for: the zeros that are there say which.
     config = make_config({"sparsity": "2:4", **options, "seed": settings.seed})
     teacher, student = load_model(dense), load_model(sparse)
