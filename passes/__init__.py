@@ -1,6 +1,12 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
-from iobs_onnx.passes.checks.check import Violation, achieved_sparsity, check_model, check_pattern
+from iobs_onnx.passes.checks.check import (
+    Violation,
+    achieved_sparsity,
+    check_model,
+    check_pattern,
+    unknown_to_checker,
+)
 from iobs_onnx.passes.checks.deploy import (
     Engine,
     deployment_warnings,
@@ -86,6 +92,7 @@ __all__ = [
     "store_sparsely",
     "stored_slots",
     "trtexec_command",
+    "unknown_to_checker",
     "why_not_integers",
     "widen",
 ]
