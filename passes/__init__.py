@@ -27,6 +27,7 @@ from iobs_onnx.passes.edit.permute import Chain, find_chains, permute_channels
 from iobs_onnx.passes.edit.rewrite import rewrite
 from iobs_onnx.passes.edit.sparse_form import masks_of, sparse_bytes, store_sparsely
 from iobs_onnx.passes.files.atomic import replacing
+from iobs_onnx.passes.files.folder import Place, place_of
 from iobs_onnx.passes.files.load_save import (
     bring_into_memory,
     load_model,
@@ -50,6 +51,7 @@ __all__ = [
     "Chain",
     "Codes",
     "Engine",
+    "Place",
     "Segment",
     "Sequential",
     "Sizes",
@@ -78,6 +80,7 @@ __all__ = [
     "outputs_out_of_reach",
     "partition",
     "permute_channels",
+    "place_of",
     "prepare",
     "release",
     "replacing",

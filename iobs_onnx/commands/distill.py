@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
         metavar="DATA",
         help="data that only judge (default: a tenth of the calibration data)",
     )
-    command.add_argument("--output", metavar="OUT.onnx", required=True, help="the model to write")
+    command.add_argument("--output", metavar="OUT.onnx", required=True, help="as for prune")
     length = command.add_mutually_exclusive_group()
     length.add_argument(
         "--distill-steps", type=int, default=400, metavar="N", help="steps (default: 400)"

@@ -17,6 +17,7 @@ from iobs_onnx.passes import (
     check_model,
     find_sites,
     load_model,
+    place_of,
     require_output,
     rewrite,
     saving,
@@ -78,7 +79,8 @@ def distil_file(
         dense, sparse: files with the same inputs and outputs.
         calibration: as for :func:`iobs_onnx.prune`; `"self"` goes on writing text for as long as
             training lasts.
-        output: the file to write; nothing is written if anything fails.
+        output: the file or folder to write, as for :func:`iobs_onnx.prune`; nothing is written if
+            anything fails.
         holdout: data that only judge. Without it a tenth of the calibration data.
         mirror: mirror images by chance, as if there were twice as many.
         settings: how to train.
@@ -93,8 +95,9 @@ def distil_file(
     # A pattern is not asked for: the zeros that are there say which.
     config = make_config({"sparsity": "2:4", **options, "seed": settings.seed})
     teacher, student = load_model(dense), load_model(sparse)
-    if output is not None:
-        require_output(student, output)
+    place = place_of(output, sparse)
+    if place.file is not None:
+        require_output(student, place.file)
     _require_alike(teacher, student)
     kept = kept_masks(student, find_sites(student).sites)
     if not kept:
@@ -115,10 +118,11 @@ def distil_file(
         )
     if found.accepted:
         rewrite(student, found.tensors)
-    if output is not None:
-        with saving(student, output) as file:
-            _check(os.fspath(file), sparse)
-    return Distillation(student, found, None if output is None else os.fspath(output))
+    if place.file is None:
+        return Distillation(student, found, None)
+    with saving(student, place.file, beside=place.beside) as file:
+        _check(os.fspath(file), sparse)
+    return Distillation(student, found, os.fspath(place.file))
 
 
 def _require_alike(dense: ir.Model, sparse: ir.Model) -> None:
