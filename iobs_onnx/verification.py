@@ -23,6 +23,7 @@ from iobs_onnx.passes import (
     load_model,
     scratch,
     stored_slots,
+    unknown_to_checker,
 )
 from iobs_onnx.pruning.selection import select
 from iobs_onnx.site import Declined
@@ -63,6 +64,7 @@ class Verification:
         outputs: for each float output, how near the sparse model is to the dense one; with data
             but no dense model, relative error and cosine are None; empty without data.
         failures: one line for each thing that does not hold.
+        notes: what could not be checked, and why.
     """
 
     pattern: str | None
@@ -70,6 +72,7 @@ class Verification:
     declined: list[Declined]
     outputs: list[dict[str, Any]]
     failures: list[str]
+    notes: list[str]
 
     @property
     def ok(self) -> bool:
@@ -85,6 +88,7 @@ class Verification:
             "declined": [describe_declined(item) for item in self.declined],
             "outputs": self.outputs,
             "failures": self.failures,
+            "notes": self.notes,
         }
 
 
@@ -111,13 +115,16 @@ def verify(
 
     Raises:
         InputError: a model, the data or an option is at fault.
-        CheckError: onnx.checker refuses the model.
+        CheckError: onnx.checker refuses the model, and for another reason than that it does not
+            know an operator of ONNX Runtime.
     """
     if dense is not None and data is None:
         raise OptionError("dense: comparing outputs needs data; give feeds to run both models on")
     pattern = None if sparsity is None else parse_sparsity(sparsity)
     model = load_model(sparse)
-    check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
+    unknown = unknown_to_checker(model)
+    if not unknown:
+        check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
     # 1:1 fits every site: without a claim all are looked at.
     chosen = select(find_sites(model), pattern or NM(1, 1), include, exclude)
     claims = {} if pattern is None else {site.name: pattern for site in chosen.sites}
@@ -152,7 +159,12 @@ def verify(
     outputs = [] if data is None else _outputs(dense, model, data, provider)
     failures += [f"output {out['name']!r} is not finite" for out in outputs if not out["finite"]]
     return Verification(
-        None if pattern is None else str(pattern), sites, list(chosen.declined), outputs, failures
+        None if pattern is None else str(pattern),
+        sites,
+        list(chosen.declined),
+        outputs,
+        failures,
+        [f"onnx.checker was not asked: it does not know {', '.join(unknown)}"] * bool(unknown),
     )
 
 

@@ -1,6 +1,12 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
-from iobs_onnx.passes.checks.check import Violation, achieved_sparsity, check_model, check_pattern
+from iobs_onnx.passes.checks.check import (
+    Violation,
+    achieved_sparsity,
+    check_model,
+    check_pattern,
+    unknown_to_checker,
+)
 from iobs_onnx.passes.checks.deploy import (
     Engine,
     deployment_warnings,
@@ -22,6 +28,7 @@ from iobs_onnx.passes.edit.rewrite import rewrite
 from iobs_onnx.passes.edit.sparse_form import masks_of, sparse_bytes, store_sparsely
 from iobs_onnx.passes.files.atomic import replacing
 from iobs_onnx.passes.files.folders import locked, scratch, working_in, writing_to
+from iobs_onnx.passes.files.folder import Place, place_of
 from iobs_onnx.passes.files.load_save import (
     bring_into_memory,
     load_model,
@@ -45,6 +52,7 @@ __all__ = [
     "Chain",
     "Codes",
     "Engine",
+    "Place",
     "Segment",
     "Sequential",
     "Sizes",
@@ -74,6 +82,7 @@ __all__ = [
     "outputs_out_of_reach",
     "partition",
     "permute_channels",
+    "place_of",
     "prepare",
     "release",
     "replacing",
@@ -89,6 +98,7 @@ __all__ = [
     "store_sparsely",
     "stored_slots",
     "trtexec_command",
+    "unknown_to_checker",
     "why_not_integers",
     "widen",
     "working_in",

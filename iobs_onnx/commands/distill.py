@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
         metavar="DATA",
         help="data that only judge (default: a tenth of the calibration data)",
     )
-    command.add_argument("--output", metavar="OUT.onnx", required=True, help="the model to write")
+    command.add_argument("--output", metavar="OUT.onnx", required=True, help="as for prune")
     command.add_argument(
         "--distill",
         default="model",

@@ -60,6 +60,8 @@ def _run(arguments: argparse.Namespace) -> int:
         console.print(_output_line(output))
     if not result.outputs:
         console.print("outputs were not checked: give --data to run the model")
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     for failure in result.failures:
         console.print(f"FAILED {failure}", style="bold red", soft_wrap=True)
     console.print("verified" if result.ok else f"{len(result.failures)} checks failed")

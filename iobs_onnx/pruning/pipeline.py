@@ -98,7 +98,9 @@ def prune(
             dict of arrays, an ONNX Runtime `CalibrationDataReader`, `"random"`, or `"self"` (text
             that a causal language model writes); or a list of these, which are mixed. None where
             `text`, `images` or `audio` among the options names the data.
-        output: the file to write; nothing is written if anything fails.
+        output: the file to write, or a folder, which is made: it takes the model under its own
+            name, and the rest of a model's own folder goes with it. Nothing is written if anything
+            fails.
         holdout: data that only judge, in any of these forms. Without it a tenth of the calibration
             data, at most 64 samples, is held out.
         work_dir: a folder, made if needed, that keeps what is solved: the same call goes on there
@@ -140,7 +142,7 @@ def _prune(
     started = time.perf_counter()
     device, metric = _device(config), find_metric(config.metric)
     dense = load_model(model)
-    require_form(dense, output, config.emit)
+    place = require_form(dense, model, output, config.emit)
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
     data = open_sources(sources, holdout, input_specs(dense), config)
@@ -173,7 +175,7 @@ def _prune(
         )
         final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
         require_output_error(final.verdict.outputs, config.max_output_error)
-        written = write_pruned(run, final, model, output)
+        written = write_pruned(run, final, model, place)
         report = build_report(
             config=config,
             model={**describe_file(model), "checker": written.checker},
@@ -196,9 +198,9 @@ def _prune(
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
-    if output is None:
+    if place.file is None:
         return PruneResult(written.model, report, None)
-    return PruneResult(load_model(output), report, os.fspath(output))
+    return PruneResult(load_model(place.file), report, os.fspath(place.file))
 
 
 def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
