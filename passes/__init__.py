@@ -28,7 +28,6 @@ from iobs_onnx.passes.edit.rewrite import rewrite
 from iobs_onnx.passes.edit.sparse_form import masks_of, sparse_bytes, store_sparsely
 from iobs_onnx.passes.files.atomic import replacing
 from iobs_onnx.passes.files.folders import locked, scratch, working_in, writing_to
-from iobs_onnx.passes.files.folder import Place, place_of
 from iobs_onnx.passes.files.load_save import (
     bring_into_memory,
     load_model,
@@ -38,6 +37,7 @@ from iobs_onnx.passes.files.load_save import (
     save_model,
     saving,
 )
+from iobs_onnx.passes.files.place import Place, place_of
 from iobs_onnx.passes.files.sizes import Sizes, model_sizes
 from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.sites.find_sites import find_sites
