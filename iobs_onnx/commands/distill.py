@@ -83,6 +83,9 @@ def add(commands: Any) -> None:
             flag = "--" + option.name.replace("_", "-")
             how = option.metadata["how"]
             command.add_argument(flag, default=None, help=option.metadata["help"], **how)
+    command.add_argument(
+        "--on-interrupt", default="stop", choices=("stop", "keep"), help="as for prune"
+    )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -102,6 +105,7 @@ def _distill(arguments: argparse.Namespace) -> int:
         seconds=None if time is None else seconds("distill_time", time),
         rate=arguments.distill_rate,
         loss=arguments.loss,
+        keeps=arguments.on_interrupt == "keep",
         seed=arguments.seed,
     )
     console = make_console()

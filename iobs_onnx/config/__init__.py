@@ -226,6 +226,12 @@ class PruneConfig:
         check=seconds,
         metavar="TIME",
     )
+    on_interrupt: Literal["stop", "keep"] = _option(
+        "stop",
+        "what Ctrl-C does while the whole model is trained: end the run and write nothing, or end "
+        "the training and go on with what is best so far",
+        choices=("stop", "keep"),
+    )
     allocate: Literal["uniform", "error", "loss"] = _option(
         "uniform",
         "how a fraction removed is spread over the sites: the same for each, or more where it "

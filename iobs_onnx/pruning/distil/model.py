@@ -11,6 +11,7 @@ import onnx_ir as ir
 from iobs_onnx.engine import kept_memory
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.distil.losses import find_targets
+from iobs_onnx.pruning.distil.memory import fitting
 from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, masters
 from iobs_onnx.pruning.distil.training import (
@@ -97,7 +98,15 @@ def distil(
             if told is not None:
                 told(step, steps, loss)
 
-        plan = Plan(steps, rate, settings.warm_up, settings.clip, settings.checks, tell)
+        plan = Plan(
+            steps,
+            rate,
+            settings.warm_up,
+            settings.clip,
+            settings.checks,
+            tell,
+            settings.keeps,
+        )
         run = train(pair, chain(ahead, stream), held_out, plan, start)
     accepted = run.best < start.loss
     return Distilled(
@@ -141,13 +150,9 @@ def _pair(
     trained = masters(sparse, kept, small=settings.small, embeddings=settings.embeddings)
     if not trained:
         raise ModelError("distillation: no mask was given, and the model has no biases to train")
-    return Pair(
-        evaluator(dense, feed, "dense"),
-        evaluator(sparse, feed, "sparse", recompute=settings.recompute),
-        targets,
-        trained,
-        multiplies_bfloat16(),
-    )
+    models = evaluator(dense, feed, "dense"), evaluator(sparse, feed, "sparse")
+    pair = Pair(*models, targets, trained, multiplies_bfloat16())
+    return fitting(pair, feed, lambda: evaluator(sparse, feed, "sparse", recompute=True))
 
 
 def evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool = False) -> Evaluator:

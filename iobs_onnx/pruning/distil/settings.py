@@ -33,7 +33,7 @@ class DistilSettings:
         checks: how often the held-out loss is taken.
         small: train biases, and scales and offsets of normalisations, too.
         embeddings: train stored tables of embeddings too, and heads that are tied to them.
-        recompute: compute activations again for the gradient instead of keeping them.
+        keeps: Ctrl-C ends the training, and what is best so far is what it gave.
         seed: of what the training draws itself; feeds have seeds of their own.
     """
 
@@ -46,7 +46,7 @@ class DistilSettings:
     checks: int = 20
     small: bool = True
     embeddings: bool = False
-    recompute: bool = False
+    keeps: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

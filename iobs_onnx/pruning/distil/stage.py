@@ -52,7 +52,12 @@ def _settings(run: Run) -> DistilSettings:
     seconds = config.distill_time
     if seconds is not None and config.distill == "both":
         seconds /= 2
-    return DistilSettings(steps=config.distill_steps, seconds=seconds, seed=config.seed)
+    return DistilSettings(
+        steps=config.distill_steps,
+        seconds=seconds,
+        keeps=config.on_interrupt == "keep",
+        seed=config.seed,
+    )
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,7 @@ class Plan:
         rate: at the top of the schedule.
         warm_up, clip, checks: as in :class:`DistilSettings`.
         told: is called after each step with the step and the last held-out loss.
+        keeps: Ctrl-C ends the run as if it had no more steps; else it raises.
     """
 
     steps: int
@@ -201,6 +202,7 @@ class Plan:
     clip: float
     checks: int
     told: Callable[[int, float], None]
+    keeps: bool = False
 
 
 def train(
@@ -219,22 +221,27 @@ def train(
     every = max(1, plan.steps // plan.checks)
     curve: list[tuple[int, float | None, float]] = [(0, None, start.loss)]
     best, losses, rows, step, note = start, [], 0, 0, ""
-    for feed in islice(feeds, plan.steps):
-        share = schedule(step, plan.steps, plan.warm_up)
-        found = taken.take(feed, plan.rate * share)
-        losses.append(float(found.loss))
-        rows += found.rows
-        step += 1
-        if step % every == 0 or step == plan.steps:
-            judged = pair.judge(held_out)
-            curve.append((step, sum(losses) / len(losses), judged))
-            losses = []
-            if judged < best.loss:
-                best = State.of(pair, judged)
-            if not judged < _LOST * start.loss:
-                note = f"stopped at step {step}: the held-out loss rose to {judged:.4g}"
-                break
-        plan.told(step, curve[-1][2])
+    try:
+        for feed in islice(feeds, plan.steps):
+            share = schedule(step, plan.steps, plan.warm_up)
+            found = taken.take(feed, plan.rate * share)
+            losses.append(float(found.loss))
+            rows += found.rows
+            step += 1
+            if step % every == 0 or step == plan.steps:
+                judged = pair.judge(held_out)
+                curve.append((step, sum(losses) / len(losses), judged))
+                losses = []
+                if judged < best.loss:
+                    best = State.of(pair, judged)
+                if not judged < _LOST * start.loss:
+                    note = f"stopped at step {step}: the held-out loss rose to {judged:.4g}"
+                    break
+            plan.told(step, curve[-1][2])
+    except KeyboardInterrupt:
+        if not plan.keeps:
+            raise
+        note, losses = f"interrupted at step {step}: what was best until then is kept", []
     if losses:
         curve.append((step, sum(losses) / len(losses), judged := pair.judge(held_out)))
         best = State.of(pair, judged) if judged < best.loss else best
