@@ -145,12 +145,7 @@ def _prune(
     place = require_form(dense, model, output, config.emit)
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
-    data = open_sources(sources, holdout, input_specs(dense), config)
-    once = (config.rounds, config.allocate, config.permute, config.distill)
-    if once != (1, "uniform", False, "none"):  # these read the feeds more than once
-        data = data.in_memory()
-    if config.distill != "none":
-        require_distillable(dense, data, config.distill)
+    data = _opened(sources, holdout, dense, config)
     with _work_folder(work_dir) as folder, _spill(folder) as spill:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, spill)
@@ -201,6 +196,17 @@ def _prune(
     if place.file is None:
         return PruneResult(written.model, report, None)
     return PruneResult(load_model(place.file), report, os.fspath(place.file))
+
+
+def _opened(sources: Sequence[Any], holdout: Any, dense: ir.Model, config: PruneConfig) -> Data:
+    """Return the data, read to their end where that happens more than once."""
+    data = open_sources(sources, holdout, input_specs(dense), config)
+    once = (config.rounds, config.allocate, config.permute, config.distill)
+    if once != (1, "uniform", False, "none"):
+        data = data.in_memory()
+    if config.distill != "none":
+        require_distillable(dense, data, config.distill)
+    return data
 
 
 def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
