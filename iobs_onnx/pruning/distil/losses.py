@@ -73,6 +73,15 @@ def find_targets(model: ir.Model, loss: Loss = "auto") -> list[Target]:
     return found
 
 
+def predicts_tokens(model: ir.Model) -> bool:
+    """Whether the model gives logits of the tokens that it looks up, at each place of a text."""
+    tokens = find_token_input(model)
+    if tokens is None:
+        return False
+    shapes = [v.shape for v in model.graph.outputs if _kind(v, tokens[1]) == "kl"]
+    return any(shape is not None and len(shape) == 3 for shape in shapes)
+
+
 def _is_float(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point()
 

@@ -30,6 +30,7 @@ from iobs_onnx.passes import (
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks, judged
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, mirrored, own_text
+from iobs_onnx.pruning.distil.losses import predicts_tokens
 from iobs_onnx.pruning.distil.model import distil
 from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, kept_masks
@@ -277,7 +278,7 @@ def _endless(request: _Request) -> tuple[Iterator[Feed], list[Feed]]:
     held_out: list[Feed] = []
     if given:
         data = open_sources(given, holdout, inputs, config).in_memory()
-        streams.append(endless(data.calibration, config.seed))
+        streams.append(endless(data.calibration, config.seed, vary=predicts_tokens(request.dense)))
         held_out += data.held_out
     elif holdout is not None:
         held_out += open_data(holdout, inputs, holdout=0).calibration
