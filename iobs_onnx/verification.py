@@ -24,6 +24,7 @@ from iobs_onnx.passes import (
     load_model,
     scratch,
     stored_slots,
+    unknown_to_checker,
 )
 from iobs_onnx.pruning.selection import select
 from iobs_onnx.site import Declined
@@ -64,6 +65,7 @@ class Verification:
         outputs: for each float output, how near the sparse model is to the dense one; with data
             but no dense model, relative error and cosine are None; empty without data.
         failures: one line for each thing that does not hold.
+        notes: what could not be checked, and why.
     """
 
     pattern: str | None
@@ -71,6 +73,7 @@ class Verification:
     declined: list[Declined]
     outputs: list[dict[str, Any]]
     failures: list[str]
+    notes: list[str]
 
     @property
     def ok(self) -> bool:
@@ -86,6 +89,7 @@ class Verification:
             "declined": [describe_declined(item) for item in self.declined],
             "outputs": self.outputs,
             "failures": self.failures,
+            "notes": self.notes,
         }
 
 
@@ -114,7 +118,8 @@ def verify(
 
     Raises:
         InputError: a model, the data or an option is at fault.
-        CheckError: onnx.checker refuses the model.
+        CheckError: onnx.checker refuses the model, and for another reason than that it does not
+            know an operator of ONNX Runtime.
     """
     given = data is not None or any(options.get(name) for name in ("text", "images", "audio"))
     if dense is not None and not given:
@@ -123,7 +128,9 @@ def verify(
         raise OptionError(f"{next(iter(options))}: says how data are read; give data")
     pattern = None if sparsity is None else parse_sparsity(sparsity)
     model = load_model(sparse)
-    check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
+    unknown = unknown_to_checker(model)
+    if not unknown:
+        check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
     # 1:1 fits every site: without a claim all are looked at.
     chosen = select(find_sites(model), pattern or NM(1, 1), include, exclude)
     claims = {} if pattern is None else {site.name: pattern for site in chosen.sites}
@@ -161,7 +168,12 @@ def verify(
         outputs = _outputs(dense, model, sparse, data, config)
     failures += [f"output {out['name']!r} is not finite" for out in outputs if not out["finite"]]
     return Verification(
-        None if pattern is None else str(pattern), sites, list(chosen.declined), outputs, failures
+        None if pattern is None else str(pattern),
+        sites,
+        list(chosen.declined),
+        outputs,
+        failures,
+        [f"onnx.checker was not asked: it does not know {', '.join(unknown)}"] * bool(unknown),
     )
 
 

@@ -1,6 +1,12 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
-from iobs_onnx.passes.checks.check import Violation, achieved_sparsity, check_model, check_pattern
+from iobs_onnx.passes.checks.check import (
+    Violation,
+    achieved_sparsity,
+    check_model,
+    check_pattern,
+    unknown_to_checker,
+)
 from iobs_onnx.passes.checks.deploy import (
     Engine,
     deployment_warnings,
@@ -32,6 +38,7 @@ from iobs_onnx.passes.files.load_save import (
     save_model,
     saving,
 )
+from iobs_onnx.passes.files.place import Place, place_of
 from iobs_onnx.passes.files.sizes import Sizes, model_sizes
 from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.sites.find_sites import find_sites
@@ -47,6 +54,7 @@ __all__ = [
     "Chain",
     "Codes",
     "Engine",
+    "Place",
     "Segment",
     "Sequential",
     "Sizes",
@@ -78,6 +86,7 @@ __all__ = [
     "outputs_out_of_reach",
     "partition",
     "permute_channels",
+    "place_of",
     "prepare",
     "release",
     "replacing",
@@ -93,6 +102,7 @@ __all__ = [
     "store_sparsely",
     "stored_slots",
     "trtexec_command",
+    "unknown_to_checker",
     "why_not_integers",
     "widen",
     "working_in",

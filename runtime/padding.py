@@ -61,6 +61,10 @@ class Padding:
             return mask.reshape(-1)
         return None
 
+    def reaches(self, value: str) -> bool:
+        """Whether the first two axes of an activation are the mask's."""
+        return self._leads.get(value) == 2
+
     @cached_property
     def _leads(self) -> dict[str, int]:
         """Return how many leading axes of each activation are those of the mask."""

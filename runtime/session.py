@@ -18,6 +18,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
+from iobs_onnx.runtime.head_size import head_size
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -320,6 +321,8 @@ def _spec(value: ir.Value, *, optional: bool) -> InputSpec:
     if value.shape is not None:
         # Paddle2ONNX writes a dynamic axis as -1.
         shape = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in value.shape)
+    if shape is not None and len(shape) == 4 and shape[-1] is None:
+        shape = (*shape[:-1], head_size(value))
     return InputSpec(value.name or "", value.dtype.numpy(), shape, optional)
 
 

@@ -139,6 +139,17 @@ class Stream:
         held = {name: self._find(0, name) for name in names}
         return {n: (_ELEMENTS[a.dtype], a.ndim) for n, a in held.items() if a is not None}
 
+    def read(self, index: int, names: Iterable[str]) -> Feed:
+        """Return held values of one batch.
+
+        Raises:
+            ModelError: one is not held.
+        """
+        found = {name: self._find(index, name) for name in names}
+        if missing := [name for name, array in found.items() if array is None]:
+            raise ModelError(f"activation {missing[0]!r} is neither fed nor computed")
+        return {name: array for name, array in found.items() if array is not None}
+
     def run(
         self,
         session: ort.InferenceSession | None,
@@ -232,9 +243,7 @@ class Stream:
         return None if self._base is None else self._base._find(index, name)
 
     def _tensor(self, index: int, name: str) -> torch.Tensor:
-        array = self._find(index, name)
-        if array is None:
-            raise ModelError(f"activation {name!r} is neither fed nor computed")
+        array = self.read(index, (name,))[name]
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def _about(self, index: int) -> tuple[NDArray[np.bool_] | None, float, Padding | None]:

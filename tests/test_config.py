@@ -22,7 +22,7 @@ RULES: list[tuple[tuple[str, ...], tuple[Any, ...], tuple[Any, ...], str]] = [
         (0, True, 1.0, "1"),
         "an integer of at least 1",
     ),
-    (("distill_steps",), (1, 400), (0, True, 1.0, None), "an integer of at least 1"),
+    (("distill_steps",), (1, 400, None), (0, True, 1.0), "an integer of at least 1"),
     (
         ("distill_time",),
         (0.5, 60, None),
@@ -76,7 +76,7 @@ def test_values(name: str, taken: Any, refused: Any, expected: str) -> None:
 
 def test_choices() -> None:
     found = [f for f in dataclasses.fields(PruneConfig) if "choices" in f.metadata["how"]]
-    assert len(found) == 11
+    assert len(found) == 12
     for option in found:
         choices = option.metadata["how"]["choices"]
         for value in (1, "other", ["cpu"], *([] if option.default is None else [None])):

@@ -44,7 +44,12 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="keep what is solved here; the same command goes on there after it was cut off",
     )
-    command.add_argument("--output", metavar="OUT.onnx", help="the sparse model to write")
+    command.add_argument(
+        "--output",
+        metavar="OUT.onnx",
+        help="the sparse model to write; or a folder (DIR/), which takes it under its own name, "
+        "with configuration and tokenizer if they lie beside the dense one",
+    )
     command.add_argument(
         "--report-dir", metavar="DIR", help="write report.json and report.html here"
     )

@@ -78,6 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
         console.print(caches)
     if not result.outputs:
         console.print("outputs were not checked: give data to run the model on")
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     for failure in result.failures:
         console.print(f"FAILED {failure}", style="bold red", soft_wrap=True)
     console.print("verified" if result.ok else f"{len(result.failures)} checks failed")

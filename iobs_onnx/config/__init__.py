@@ -203,26 +203,41 @@ class PruneConfig:
         type=float,
         metavar="F",
     )
-    distill: Literal["none", "model"] = _option(
+    distill: Literal["none", "blocks", "model", "both"] = _option(
         "none",
-        "train what is kept, biases and norms towards the dense model's outputs, without labels; "
-        "taken only if the held-out loss falls. With --calibration self the model goes on writing",
-        choices=("none", "model"),
+        "train what is kept, biases and norms towards the dense model, without labels: block by "
+        "block towards its activations, the whole model towards its outputs, or one after the "
+        "other; taken only if the held-out loss falls. With --calibration self the model goes on "
+        "writing while the whole is trained",
+        choices=("none", "blocks", "model", "both"),
     )
-    distill_steps: int = _option(
-        400, "steps of --distill, each on one batch", check=integer(1), type=int, metavar="N"
+    distill_steps: int | None = _option(
+        None,
+        "steps of --distill, each on one batch: of the whole model (default: 400), and of all "
+        "blocks together (default: eight passes of each over the data)",
+        check=integer(1),
+        type=int,
+        metavar="N",
     )
     distill_time: float | None = _option(
         None,
-        "in place of --distill-steps: as many as fit into this: 90s, 20min, 1.5h",
+        "in place of --distill-steps: as many as fit into this: 90s, 20min, 1.5h; of both, half "
+        "for each",
         check=seconds,
         metavar="TIME",
     )
-    allocate: Literal["uniform", "error"] = _option(
+    on_interrupt: Literal["stop", "keep"] = _option(
+        "stop",
+        "what Ctrl-C does while the whole model is trained: end the run and write nothing, or end "
+        "the training and go on with what is best so far",
+        choices=("stop", "keep"),
+    )
+    allocate: Literal["uniform", "error", "loss"] = _option(
         "uniform",
         "how a fraction removed is spread over the sites: the same for each, or more where it "
-        "costs less layer error",
-        choices=("uniform", "error"),
+        "costs less layer error, or less of the model's own loss; with N:M, loss says which sites "
+        "go back to dense first under a bound",
+        choices=("uniform", "error", "loss"),
     )
     metric: str | Callable[[str], float] | None = _option(  # noqa: RUF009 - a field, see _option
         None,
@@ -320,15 +335,23 @@ class PruneConfig:
                 f"distill {self.distill}: trains float weights, not those of quantize "
                 f"{self.quantize}; leave one of them out"
             )
-        for name, unset in (("distill_steps", 400), ("distill_time", None)):
-            if self.distill == "none" and (value := getattr(self, name)) != unset:
-                raise OptionError(f"{name} {value}: goes with distill model")
+        for name in ("distill_steps", "distill_time"):
+            if self.distill == "none" and (value := getattr(self, name)) is not None:
+                raise OptionError(f"{name} {value}: goes with distill blocks, model or both")
         if self.min_metric is not None and self.metric is None:
             raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
-        if self.allocate == "error" and isinstance(self.sparsity, NM):
+        self._require_free_shares()
+
+    def _require_free_shares(self) -> None:
+        if self.allocate == "uniform" or not isinstance(self.sparsity, NM):
+            return
+        same = f"allocate {self.allocate}: {self.sparsity} is the same for every site by its nature"
+        if self.allocate == "error":
+            raise OptionError(f"{same}; give a fraction removed, such as 50%")
+        if self.budget_error is None and self.min_metric is None:
             raise OptionError(
-                f"allocate error: {self.sparsity} is the same for every site by its nature; give "
-                "a fraction removed, such as 50%"
+                f"{same}; give a fraction removed, such as 50%, or budget_error or min_metric, for "
+                "which it says what goes back to dense first"
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from iobs_onnx.passes import (
     writing_to,
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
-from iobs_onnx.pruning.distil.stage import DistilModel, require_distillable
+from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, require_distillable
 from iobs_onnx.pruning.finish import Finish
 from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
 from iobs_onnx.pruning.leave_dense import LeaveDense, reason
@@ -98,7 +98,9 @@ def prune(
             dict of arrays, an ONNX Runtime `CalibrationDataReader`, `"random"`, or `"self"` (text
             that a causal language model writes); or a list of these, which are mixed. None where
             `text`, `images` or `audio` among the options names the data.
-        output: the file to write; nothing is written if anything fails.
+        output: the file to write, or a folder, which is made: it takes the model under its own
+            name, and the rest of a model's own folder goes with it. Nothing is written if anything
+            fails.
         holdout: data that only judge, in any of these forms. Without it a tenth of the calibration
             data, at most 64 samples, is held out.
         work_dir: a folder, made if needed, that keeps what is solved: the same call goes on there
@@ -140,15 +142,10 @@ def _prune(
     started = time.perf_counter()
     device, metric = _device(config), find_metric(config.metric)
     dense = load_model(model)
-    require_form(dense, output, config.emit)
+    place = require_form(dense, model, output, config.emit)
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
-    data = open_sources(sources, holdout, input_specs(dense), config)
-    once = (config.rounds, config.allocate, config.permute, config.distill)
-    if once != (1, "uniform", False, "none"):  # these read the feeds more than once
-        data = data.in_memory()
-    if config.distill == "model":
-        require_distillable(dense, data)
+    data = _opened(sources, holdout, dense, config)
     with _work_folder(work_dir) as folder, _spill(folder) as spill:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, spill)
@@ -164,10 +161,16 @@ def _prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        stages = _model_stages(config, sources, model, judge)
+        stages = _model_stages(
+            config,
+            sources,
+            model,
+            DistilBlocks(judge, checkpoint),
+            LeaveDense(judge, allocation.prices),
+        )
         final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
         require_output_error(final.verdict.outputs, config.max_output_error)
-        written = write_pruned(run, final, model, output)
+        written = write_pruned(run, final, model, place)
         report = build_report(
             config=config,
             model={**describe_file(model), "checker": written.checker},
@@ -186,13 +189,24 @@ def _prune(
             permutations=permutations,
             allocation=allocation.as_list(),
             rounds=rounded.trace,
-            distillation=final.told.get("distil"),
+            distillation=_distillation(final),
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
-    if output is None:
+    if place.file is None:
         return PruneResult(written.model, report, None)
-    return PruneResult(load_model(output), report, os.fspath(output))
+    return PruneResult(load_model(place.file), report, os.fspath(place.file))
+
+
+def _opened(sources: Sequence[Any], holdout: Any, dense: ir.Model, config: PruneConfig) -> Data:
+    """Return the data, read to their end where that happens more than once."""
+    data = open_sources(sources, holdout, input_specs(dense), config)
+    once = (config.rounds, config.allocate, config.permute, config.distill)
+    if once != (1, "uniform", False, "none"):
+        data = data.in_memory()
+    if config.distill != "none":
+        require_distillable(dense, data, config.distill)
+    return data
 
 
 def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
@@ -213,15 +227,27 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
 
 
 def _model_stages(
-    config: PruneConfig, sources: Sequence[Any], model: Model, judge: Judge
+    config: PruneConfig,
+    sources: Sequence[Any],
+    model: Model,
+    blocks: DistilBlocks,
+    leave_dense: LeaveDense,
 ) -> list[ModelStage]:
     """Return what is done to the whole model after the last round."""
     stages: list[ModelStage] = []
-    if config.distill == "model":
+    if config.distill in ("blocks", "both"):
+        stages.append(blocks)
+    if config.distill in ("model", "both"):
         stages.append(DistilModel(sources, model))
     if config.budget_error is not None or config.min_metric is not None:
-        stages.append(LeaveDense(judge))
+        stages.append(leave_dense)
     return stages
+
+
+def _distillation(final: Pruned) -> dict[str, Any] | None:
+    """Return what is told of the whole model's training, with that of the blocks beside it."""
+    model, blocks = (final.told.get(name) for name in ("distil", "distil blocks"))
+    return None if model is blocks is None else {**(model or {}), "blocks": blocks}
 
 
 def _random_tokens(rounds: Rounds) -> float:

@@ -25,12 +25,29 @@ def _distillation(report: Report) -> list[str]:
     found = report.get("distillation")
     if found is None:
         return []
-    lines = [
+    lines = _blocks(found.get("blocks"))
+    if "steps" not in found:
+        return lines
+    lines += [
         f"distilled for {found['steps']} steps: held-out loss {found['before']:.4g} before, "
         f"{found['after']:.4g} after"
         + ("" if found["accepted"] else "; not taken, the weights are those of pruning")
     ]
     return [*lines, *found["notes"]]
+
+
+def _blocks(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    taken = sum(block["accepted"] for block in found["each"])
+    shown = ["–" if found[end] is None else f"{found[end]:.4g}" for end in ("before", "after")]
+    line = (
+        f"distilled block by block for {found['steps']} steps: {taken} of {len(found['each'])} "
+        f"blocks came nearer; error of the outputs on held-out data {shown[0]} before, {shown[1]} "
+        "after"
+    )
+    end = "" if found["accepted"] else "; not taken, the weights are those of pruning"
+    return [line + end, *found["notes"]]
 
 
 def _rounding(report: Report) -> list[str]:
@@ -64,6 +81,8 @@ def _sizes(report: Report) -> list[str]:
         ]
         if more:
             lines.append(f"what is written is larger than the dense model: by {', '.join(more)}")
+    if out.get("beside"):
+        lines.append(f"copied beside it: {', '.join(out['beside'])}")
     if out["left_dense"]:
         lines.append(f"{len(out['left_dense'])} tensors stay dense: report.json says why")
     if out["refused"]:

@@ -107,7 +107,7 @@ def writing_to(output: str | os.PathLike[str] | None) -> Iterator[None]:
         yield
         return
     place = Path(output).absolute()
-    missing = [folder for folder in place.parents if not folder.exists()]
+    missing = [folder for folder in (place, *place.parents) if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,7 +118,7 @@ def writing_to(output: str | os.PathLike[str] | None) -> Iterator[None]:
         with locked(place.with_name(f".{place.name}.lock"), f"output {output}"):
             yield
     except BaseException:
-        with suppress(OSError):  # others may have come to use them
-            for folder in missing:
+        for folder in missing:
+            with suppress(OSError):  # others may have come to use it
                 folder.rmdir()
         raise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +109,11 @@ def saving(
     path: str | os.PathLike[str],
     *,
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    beside: Sequence[Path] = (),
 ) -> Iterator[Path]:
     """Write a model as :func:`save_model` does, but look at it before it is put in its place.
+
+    Files `beside` are copied into its folder, and replace what has their names there.
 
     Yields:
         The file, whole, beside its place. An exception leaves nothing behind.
@@ -117,16 +121,19 @@ def saving(
     target, data, external = _output_files(model, path)
     model = model.clone()
     try:
-        with replacing_all([mask_file(target), data, target]) as folder:
+        copies = [target.with_name(file.name) for file in beside]
+        with replacing_all([*copies, mask_file(target), data, target]) as folder:
+            for file in beside:
+                shutil.copyfile(file, folder / file.name)
             if external:
                 _externalize(model, _layout(model), os.fspath(folder), data.name)
             else:
                 bring_into_memory(model)
-            beside = folder / target.name
-            beside.write_bytes(protos.to_proto(model).SerializeToString())
+            written = folder / target.name
+            written.write_bytes(protos.to_proto(model).SerializeToString())
             if masks is not None:
                 save_file(dict(masks), folder / mask_file(target).name, {"True": "kept"})
-            yield beside
+            yield written
     except OSError as error:
         raise OptionError(f"output {path}: cannot be written ({error.strerror})") from error
 

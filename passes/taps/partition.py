@@ -64,6 +64,7 @@ def partition(
     beside: Mapping[Site, Tap] | None = None,
     outputs: Iterable[str] = (),
     sequential: Sequential = "none",
+    least: int = 1,
     budget: int | None = None,
 ) -> tuple[Segment, ...]:
     """Cut the main graph where few tensors are alive.
@@ -78,6 +79,7 @@ def partition(
             than at the narrowest place between two sites (the ends of repeated blocks); `site`
             before every site whose input depends on a site of the same segment, so that each
             can read what the pruned model feeds it.
+        least: sites that a segment of `segment` holds at least, where there are so many.
         budget: bytes of weights, and of Hessians at work, that a segment may hold; one node may
             exceed it alone.
 
@@ -86,6 +88,8 @@ def partition(
     """
     flow = _Flow(model, sites, beside or {}, tuple(outputs))
     cuts = {"none": list, "segment": flow.narrow_cuts, "site": flow.site_cuts}[sequential]()
+    if sequential == "segment":
+        cuts = flow.without_small(cuts, least)
     if budget is not None:
         cuts = flow.budget_cuts(cuts, budget)
     edges = [0, *cuts, flow.end]
@@ -224,6 +228,17 @@ class _Flow:
         narrow = [i for i in between if self.alive[i][0] == least]
         # Of the narrow places between the same two sites, the last.
         return list({bisect_left(places, i): i for i in narrow}.values())
+
+    def without_small(self, cuts: Sequence[int], least: int) -> list[int]:
+        """Leave out cuts behind fewer than `least` sites since the last one, or before as few."""
+        solved = sorted(place for place, sites in self.solved.items() for _ in sites)
+        kept: list[int] = []
+        for cut in cuts:
+            done = bisect_left(solved, cut)
+            since = done - (bisect_left(solved, kept[-1]) if kept else 0)
+            if since >= least <= len(solved) - done:
+                kept.append(cut)
+        return kept
 
     def site_cuts(self) -> list[int]:
         """Cut between a site and those that depend on it."""

@@ -144,7 +144,7 @@ def test_output_is_checked_before_the_data_are_read(toy: Path, capsys) -> None:
     assert prune(toy, "--output", "/dev/null/out.onnx", "--calibration", "absent.npz") == 2
     assert "/dev/null/out.onnx" in capsys.readouterr().err
     assert prune(toy, "--output", str(toy), "--calibration", "absent.npz") == 2
-    assert f"output {toy}: is a folder; give a file in it" in capsys.readouterr().err
+    assert f"output {toy}/toy.onnx: would overwrite the model" in capsys.readouterr().err
 
 
 def test_the_output_s_folder_is_made_and_goes_where_nothing_is_written(toy: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes import find_token_input
 from iobs_onnx.pruning.distil.settings import Loss
+from iobs_onnx.runtime import find_padding
 
 Kind: TypeAlias = Literal["kl", "mse", "embedding"]
 
@@ -36,12 +37,14 @@ class Target:
         value: what is compared: the output, or the logits in front of its softmax.
         kind: of loss.
         axis: of the classes, for `kl`.
+        padded: whether the padding mask is for it, where its first axes are as long.
     """
 
     output: str
     value: str
     kind: Kind
     axis: int = -1
+    padded: bool = True
 
 
 def find_targets(model: ir.Model, loss: Loss = "auto") -> list[Target]:
@@ -70,7 +73,18 @@ def find_targets(model: ir.Model, loss: Loss = "auto") -> list[Target]:
     ]
     if not found:
         raise ModelError("distillation: the model has no float output besides caches")
+    if (padding := find_padding(model)) is not None:
+        found = [replace(target, padded=padding.reaches(target.value)) for target in found]
     return found
+
+
+def predicts_tokens(model: ir.Model) -> bool:
+    """Whether the model gives logits of the tokens that it looks up, at each place of a text."""
+    tokens = find_token_input(model)
+    if tokens is None:
+        return False
+    shapes = [v.shape for v in model.graph.outputs if _kind(v, tokens[1]) == "kl"]
+    return any(shape is not None and len(shape) == 3 for shape in shapes)
 
 
 def _is_float(value: ir.Value) -> bool:
@@ -122,15 +136,15 @@ def distance(
     targets: Sequence[Target],
     dense: Mapping[str, Tensor],
     sparse: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
+    mask: Tensor | None,
 ) -> Distance:
     """Return the mean over the targets of their losses; all weigh alike.
 
     Args:
         targets: at least one.
         dense, sparse: value name to what the two models give on one feed.
-        masks: value name to a mask over its first axis, or first two: False where there is padding,
-            which is left out.
+        mask: `(batch, length)`, zero where there is padding: the outputs that it is for leave it
+            out. None where there is none.
 
     Raises:
         ModelError: the outputs do not fit each other.
@@ -143,17 +157,29 @@ def distance(
                 f"distillation: output {target.output!r} has shape {tuple(a.shape)} in the dense "
                 f"model and {tuple(b.shape)} in the sparse one"
             )
-        mask = masks.get(target.value)
-        valid = None if mask is None or bool(mask.all()) else mask
+        own = mask if target.padded else None
+        valid = valid_rows(a, own)
         if target.kind == "kl":
             loss, count = _kl(a.movedim(target.axis, -1), b.movedim(target.axis, -1), valid)
-        elif target.kind == "embedding":
-            loss, count = _embedding(a.float(), b.float(), valid)
         else:
-            loss, count = _error(a.float(), b.float(), valid)
+            pairs = zip(
+                compared(target.kind, a.float(), own),
+                compared(target.kind, b.float(), own),
+                strict=True,
+            )
+            loss = torch.stack([_relative(x, y) for x, y in pairs]).mean()
+            count = int(valid.sum()) if valid is not None else a.shape[0] if a.ndim else 1
         losses.append(loss)
         rows = max(rows, count)
     return Distance(torch.stack(losses).mean(), rows)
+
+
+def valid_rows(output: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return the mask as booleans where it applies to an output and marks anything."""
+    if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
+        return None
+    marked = mask != 0
+    return None if bool(marked.all()) else marked
 
 
 def _kl(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
@@ -195,33 +221,28 @@ class _Divergence(torch.autograd.Function):
         return gradient * outer, None
 
 
-def _error(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
-    """‖b − a‖² / ‖a‖² over what is no padding."""
-    if valid is not None:
-        a, b = a[valid], b[valid]
-    rows = a.shape[0] if a.ndim else 1
-    return _relative(a, b), rows
+def compared(kind: Kind, output: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Return what of an output is compared, all by `‖b − a‖² / ‖a‖²` and weighed alike.
 
-
-def _embedding(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
-    """The error of hidden states, of their means, and of the means' pairwise cosines; a third each.
-
-    Similarities are what embeddings are used for: Tung and Mori, "Similarity-Preserving Knowledge
-    Distillation", 2019, equation 3, with cosines and the diagonal left out.
+    For `mse` that is the output where it is no padding. For `embedding` it is the hidden states,
+    their means, and the means' pairwise cosines: similarities are what embeddings are used for
+    (Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, equation 3, with cosines
+    and the diagonal left out).
     """
-    hidden, rows = _error(a, b, valid)
-    if a.ndim == 3:
-        weight = torch.ones(a.shape[:2]) if valid is None else valid.float()
+    valid = valid_rows(output, mask)
+    whole = output if valid is None else output[valid]
+    if kind != "embedding" or output.ndim not in (2, 3):
+        return [whole]
+    means = output
+    if output.ndim == 3:
+        weight = torch.ones(output.shape[:2]) if valid is None else valid.float()
         weight = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)
-        a, b = (a * weight).sum(1), (b * weight).sum(1)
-    elif a.ndim != 2:
-        return hidden, rows
-    terms = [hidden, _relative(a, b)]
-    if len(a) > 1:
-        first, second = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
-        off = ~torch.eye(len(a), dtype=torch.bool)
-        terms.append(_relative((first @ first.T)[off], (second @ second.T)[off]))
-    return torch.stack(terms).mean(), rows
+        means = (output * weight).sum(1)
+    if len(output) == 1:
+        return [whole, means]
+    unit = torch.nn.functional.normalize(means, dim=-1)
+    off = ~torch.eye(len(unit), dtype=torch.bool)
+    return [whole, means, (unit @ unit.T)[off]]
 
 
 def _relative(a: Tensor, b: Tensor) -> Tensor:

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
 
 from iobs_onnx.config import PruneConfig, make_config
+from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import CheckError, DataError, ModelError
 from iobs_onnx.passes import (
     check_model,
     find_sites,
     load_model,
+    place_of,
     require_output,
     rewrite,
     saving,
     writing_to,
 )
+from iobs_onnx.pruning.checkpoint import Checkpoint
+from iobs_onnx.pruning.distil.blocks import distil_blocks, judged
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, mirrored, own_text
+from iobs_onnx.pruning.distil.losses import predicts_tokens
 from iobs_onnx.pruning.distil.model import distil
-from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
-from iobs_onnx.pruning.distil.trained import kept_masks
+from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
+from iobs_onnx.pruning.distil.trained import Mask, kept_masks
+from iobs_onnx.pruning.judge import Judge
 from iobs_onnx.pruning.progress import Progress
 from iobs_onnx.pruning.sources import calibration_sources, open_sources
 from iobs_onnx.runtime import (
+    Data,
     Feed,
     SelfSamples,
     input_specs,
@@ -45,17 +55,20 @@ class Distillation:
 
     Attributes:
         model: in memory.
-        distilled: what training gave.
+        distilled: what training of the whole gave; None where only blocks were trained.
+        blocks: what is told of the blocks, as in `report.json`; None where they were not trained.
         output: the file it was written to, None if none was asked for.
     """
 
     model: ir.Model
-    distilled: Distilled
+    distilled: Distilled | None
+    blocks: dict[str, Any] | None
     output: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON types."""
-        return {"output": self.output, **self.distilled.as_dict()}
+        whole = {} if self.distilled is None else self.distilled.as_dict()
+        return {"output": self.output, **whole, "blocks": self.blocks}
 
 
 def distil_file(
@@ -65,6 +78,7 @@ def distil_file(
     calibration: Any = None,
     output: str | os.PathLike[str] | None = None,
     holdout: Any = None,
+    distill: str = "model",
     mirror: bool = False,
     settings: DistilSettings | None = None,
     progress: Progress | None = None,
@@ -79,8 +93,10 @@ def distil_file(
         dense, sparse: files with the same inputs and outputs.
         calibration: as for :func:`iobs_onnx.prune`; `"self"` goes on writing text for as long as
             training lasts.
-        output: the file to write; nothing is written if anything fails.
+        output: the file or folder to write, as for :func:`iobs_onnx.prune`; nothing is written if
+            anything fails.
         holdout: data that only judge. Without it a tenth of the calibration data.
+        distill: `blocks`, `model`, or `both`, one after the other.
         mirror: mirror images by chance, as if there were twice as many.
         settings: how to train.
         progress: is told how far it is.
@@ -97,6 +113,7 @@ def distil_file(
             calibration=calibration,
             output=output,
             holdout=holdout,
+            distill=distill,
             mirror=mirror,
             settings=settings or DistilSettings(),
             progress=progress or Progress(),
@@ -111,6 +128,7 @@ def _distil_file(
     calibration: Any,
     output: str | os.PathLike[str] | None,
     holdout: Any,
+    distill: str,
     mirror: bool,
     settings: DistilSettings,
     progress: Progress,
@@ -120,19 +138,100 @@ def _distil_file(
     # A pattern is not asked for: the zeros that are there say which.
     config = make_config({"sparsity": "2:4", **options, "seed": settings.seed})
     teacher, student = load_model(dense), load_model(sparse)
-    if output is not None:
-        require_output(student, output)
+    place = place_of(output, sparse)
+    if place.file is not None:
+        require_output(student, place.file)
     _require_alike(teacher, student)
     kept = kept_masks(student, find_sites(student).sites)
     if not kept:
         raise ModelError(f"model {os.fspath(sparse)}: no weight holds a zero; prune it first")
-    feeds, held_out = _data(calibration, holdout, config, teacher, dense)
-    if mirror:
+    request = _Request(calibration, holdout, config, teacher, dense, mirror)
+    blocks, found = None, None
+    if distill == "both" and settings.seconds is not None:
+        settings = replace(settings, seconds=settings.seconds / 2)
+    if distill != "model":
+        with progress.stage("distil blocks", None) as advance:
+            blocks = _blocks(request, student, kept, settings, advance)
+    if distill != "blocks":
+        found = _whole(request, student, kept, settings, progress)
+    if place.file is None:
+        return Distillation(student, found, blocks, None)
+    with saving(student, place.file, beside=place.beside) as file:
+        _check(os.fspath(file), sparse)
+    return Distillation(student, found, blocks, os.fspath(place.file))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a call asks for, besides the sparse model."""
+
+    calibration: Any
+    holdout: Any
+    config: PruneConfig
+    dense: ir.Model
+    path: str | os.PathLike[str]
+    mirror: bool
+
+    def sources(self) -> list[Any]:
+        """Return all that calibrates."""
+        inputs = input_specs(self.dense)
+        return calibration_sources(self.calibration, self.config, self.dense, self.path, inputs)
+
+    def data(self) -> Data:
+        """Return all of it, read to its end."""
+        inputs = input_specs(self.dense)
+        return open_sources(self.sources(), self.holdout, inputs, self.config).in_memory()
+
+
+def _blocks(
+    request: _Request,
+    student: ir.Model,
+    kept: Mapping[str, Mask],
+    settings: DistilSettings,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """Train block by block, in place, and return what a report tells of it."""
+    data, began = request.data(), time.perf_counter()
+    feeds = list(data.calibration)
+    if request.mirror:
+        feeds += mirrored(feeds, settings.seed)
+    with TemporaryDirectory(prefix="iobs-onnx-") as folder:
+        engine = Engine(request.config.provider, default_memory_budget(), Path(folder))
+        judge = Judge(request.dense, data, engine)
+        before = judge(student)
+        found = distil_blocks(
+            request.dense,
+            student,
+            find_sites(student).sites,
+            feeds,
+            list(data.held_out),
+            kept=kept,
+            engine=engine,
+            checkpoint=Checkpoint(Path(folder)),
+            settings=settings,
+            advance=advance,
+        )
+        _, told = judged(found, load_model(student), judge, before)
+    if told["accepted"]:
+        rewrite(student, found.tensors)
+    return {**told, "seconds": time.perf_counter() - began}
+
+
+def _whole(
+    request: _Request,
+    student: ir.Model,
+    kept: Mapping[str, Mask],
+    settings: DistilSettings,
+    progress: Progress,
+) -> Distilled:
+    """Train the whole model, in place."""
+    feeds, held_out = _endless(request)
+    if request.mirror:
         feeds = mirrored(feeds, settings.seed)
-    total = None if settings.seconds else settings.steps
+    total = None if settings.seconds else settings.steps or STEPS
     with progress.stage("distil", total) as advance:
         found = distil(
-            teacher,
+            request.dense,
             student,
             feeds,
             held_out,
@@ -142,10 +241,7 @@ def _distil_file(
         )
     if found.accepted:
         rewrite(student, found.tensors)
-    if output is not None:
-        with saving(student, output) as file:
-            _check(os.fspath(file), sparse)
-    return Distillation(student, found, None if output is None else os.fspath(output))
+    return found
 
 
 def _require_alike(dense: ir.Model, sparse: ir.Model) -> None:
@@ -172,29 +268,22 @@ def _check(file: str, sparse: str | os.PathLike[str]) -> None:
         return
 
 
-def _data(
-    calibration: Any,
-    holdout: Any,
-    config: PruneConfig,
-    model: ir.Model,
-    path: str | os.PathLike[str],
-) -> tuple[Iterator[Feed], list[Feed]]:
+def _endless(request: _Request) -> tuple[Iterator[Feed], list[Feed]]:
     """Return feeds without end, and those that judge."""
-    inputs = input_specs(model)
-    items = calibration if isinstance(calibration, list | tuple) else [calibration]
-    own = any(isinstance(item, str) and item == "self" for item in items)
-    sources = calibration_sources(calibration, config, model, path, inputs)
+    config, holdout, inputs = request.config, request.holdout, input_specs(request.dense)
+    sources = request.sources()
+    own = any(isinstance(source, SelfSamples) for source in sources)
     given = [source for source in sources if not isinstance(source, SelfSamples)]
     streams: list[Iterator[Feed]] = []
     held_out: list[Feed] = []
     if given:
         data = open_sources(given, holdout, inputs, config).in_memory()
-        streams.append(endless(data.calibration, config.seed))
+        streams.append(endless(data.calibration, config.seed, vary=predicts_tokens(request.dense)))
         held_out += data.held_out
     elif holdout is not None:
         held_out += open_data(holdout, inputs, holdout=0).calibration
     if own:
-        streams.append(own_text(model, path, inputs, config))
+        streams.append(own_text(request.dense, request.path, inputs, config))
         held_out += islice(streams[-1], _JUDGING) if holdout is None else ()
     if not held_out:
         raise DataError("distillation: one sample cannot both train and judge; give --holdout")

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from iobs_onnx.errors import OptionError
 
+# Steps over a whole model, where neither steps nor a time are given.
+STEPS = 400
+
 Loss: TypeAlias = Literal["auto", "kl", "mse", "embedding"]
 
 
@@ -19,7 +22,8 @@ class DistilSettings:
     """How a sparse model is trained towards the dense one.
 
     Attributes:
-        steps: of Adam; each takes one feed.
+        steps: of Adam, all blocks together; each takes one feed. None for 400 over the whole model,
+            or for eight passes of each block over the data.
         seconds: of wall time instead of `steps`: the first steps are timed and as many are planned
             as fit. Two runs then differ, as their numbers of steps do.
         rate: Adam's learning rate at the top of the schedule; None for one that a range test finds.
@@ -29,11 +33,11 @@ class DistilSettings:
         checks: how often the held-out loss is taken.
         small: train biases, and scales and offsets of normalisations, too.
         embeddings: train stored tables of embeddings too, and heads that are tied to them.
-        recompute: compute activations again for the gradient instead of keeping them.
+        keeps: Ctrl-C ends the training, and what is best so far is what it gave.
         seed: of what the training draws itself; feeds have seeds of their own.
     """
 
-    steps: int = 400
+    steps: int | None = None
     seconds: float | None = None
     rate: float | None = None
     loss: Loss = "auto"
@@ -42,13 +46,13 @@ class DistilSettings:
     checks: int = 20
     small: bool = True
     embeddings: bool = False
-    recompute: bool = False
+    keeps: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise OptionError for a value out of range."""
         for name, value in (("steps", self.steps), ("checks", self.checks)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise OptionError(f"distillation: {name} {value}: must be at least 1")
         for name, number in (("seconds", self.seconds), ("rate", self.rate), ("clip", self.clip)):
             if number is not None and not number > 0:
@@ -75,6 +79,8 @@ class Distilled:
         rate: the learning rate at the top of the schedule.
         losses: output to the kind of loss it had.
         trained: numbers in tensors that were trained, those outside the masks not counted.
+        factors: in what steps multiplied: `bfloat16` where the processor has instructions for it
+            (sums, weights and all that judges are float32), else `float32`.
         notes: what a report must say.
     """
 
@@ -90,6 +96,7 @@ class Distilled:
     rate: float
     losses: Mapping[str, str]
     trained: int
+    factors: str
     notes: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,6 +106,7 @@ class Distilled:
             **{name: getattr(self, name) for name in names},
             "losses": dict(self.losses),
             "trained": self.trained,
+            "factors": self.factors,
             "curve": [list(point) for point in self.curve],
             "notes": list(self.notes),
         }

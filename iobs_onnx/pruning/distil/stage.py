@@ -1,7 +1,8 @@
-"""Distillation as the last stage of a run, before bounds are held."""
+"""Distillation as the last stages of a run, before bounds are held."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,28 +10,98 @@ from typing import Any
 import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.pruning.checkpoint import Checkpoint
+from iobs_onnx.pruning.distil.blocks import distil_blocks, judged
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, own_text
+from iobs_onnx.pruning.distil.losses import find_targets, predicts_tokens
 from iobs_onnx.pruning.distil.model import distil, require_trainable
-from iobs_onnx.pruning.distil.settings import DistilSettings
+from iobs_onnx.pruning.distil.settings import STEPS, DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
+from iobs_onnx.pruning.judge import Judge
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import ModelProposal, Pruned
 from iobs_onnx.runtime import Data, Feed, SelfSamples, input_specs
 
 
-def require_distillable(dense: ir.Model, data: Data) -> None:
+def require_distillable(dense: ir.Model, data: Data, how: str) -> None:
     """Raise what distillation would, before hours are spent on what cannot be distilled.
+
+    Args:
+        dense: the model.
+        data: of the run.
+        how: `blocks`, `model` or `both`; of blocks each is looked at when its turn comes.
 
     Raises:
         DataError: no sample is held out to judge by.
-        ModelError: torch cannot evaluate the model, or evaluates it otherwise than ONNX Runtime.
+        ModelError: there is no output to match; or the whole is to be trained, and torch cannot
+            evaluate it, or evaluates it otherwise than ONNX Runtime.
     """
     if not data.held_out_samples:
-        raise DataError("distill model: the data leave no sample to hold out; give more")
+        raise DataError(f"distill {how}: the data leave no sample to hold out; give more")
+    if how == "blocks":
+        find_targets(dense)
+        return
     try:
         require_trainable(dense, next(iter(data.calibration)))
     except ModelError as error:
         raise ModelError(f"{error}; leave out --distill, or give another export") from error
+
+
+def _settings(run: Run) -> DistilSettings:
+    config = run.config
+    seconds = config.distill_time
+    if seconds is not None and config.distill == "both":
+        seconds /= 2
+    return DistilSettings(
+        steps=config.distill_steps,
+        seconds=seconds,
+        keeps=config.on_interrupt == "keep",
+        seed=config.seed,
+    )
+
+
+@dataclass(frozen=True)
+class DistilBlocks:
+    """Trains what is kept block by block towards the dense model (:func:`distil_blocks`).
+
+    Each block is kept only if its held-out loss falls; all together only if the outputs come nearer
+    to the dense model's on held-out feeds.
+
+    Attributes:
+        judge: of models.
+        checkpoint: takes every block.
+    """
+
+    judge: Judge
+    checkpoint: Checkpoint
+    name: str = "distil blocks"
+
+    def steps(self, run: Run) -> int | None:
+        """Return None: how many blocks there are shows when the model is cut."""
+        return None
+
+    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+        """Propose the tensors of the blocks that came nearer."""
+        began = time.perf_counter()
+        sparse = with_sites(run.dense, pruned.sites, pruned.tensors)
+        sites = list(pruned.sites)
+        found = distil_blocks(
+            run.dense,
+            sparse,
+            sites,
+            run.data.calibration,
+            list(run.data.held_out),
+            kept=kept_masks(sparse, sites),
+            engine=run.engine,
+            checkpoint=self.checkpoint,
+            settings=_settings(run),
+            advance=advance,
+        )
+        verdict, told = judged(found, sparse, self.judge, pruned.verdict)
+        told["seconds"] = time.perf_counter() - began
+        tensors = found.tensors if told["accepted"] else {}
+        before, after = pruned.verdict.error, verdict.error
+        return ModelProposal(sites, tensors, before, after, verdict, told)
 
 
 @dataclass(frozen=True)
@@ -48,11 +119,10 @@ class DistilModel:
 
     def steps(self, run: Run) -> int | None:
         """Return the steps of training; None where a time is given instead."""
-        return None if run.config.distill_time else run.config.distill_steps
+        return None if run.config.distill_time else run.config.distill_steps or STEPS
 
     def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
         """Propose the tensors that training ended with."""
-        config = run.config
         sparse = with_sites(run.dense, pruned.sites, pruned.tensors)
         found = distil(
             run.dense,
@@ -60,9 +130,7 @@ class DistilModel:
             self._feeds(run),
             list(run.data.held_out),
             kept=kept_masks(sparse, list(pruned.sites)),
-            settings=DistilSettings(
-                steps=config.distill_steps, seconds=config.distill_time, seed=config.seed
-            ),
+            settings=_settings(run),
             told=lambda _step, _steps, _loss: advance(),
         )
         return ModelProposal(
@@ -71,7 +139,7 @@ class DistilModel:
 
     def _feeds(self, run: Run) -> Iterator[Feed]:
         """Yield feeds without end: the calibration data again and again, and the model's text."""
-        given = endless(run.data.calibration, run.config.seed)
+        given = endless(run.data.calibration, run.config.seed, vary=predicts_tokens(run.dense))
         if not any(isinstance(source, SelfSamples) for source in self.sources):
             return given
         own = own_text(run.dense, self.path, input_specs(run.dense), run.config)

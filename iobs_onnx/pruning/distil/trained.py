@@ -106,7 +106,12 @@ def kept_masks(model: ir.Model, sites: Iterable[Site]) -> dict[str, Mask]:
 
 
 def masters(
-    model: ir.Model, kept: Mapping[str, Mask], *, small: bool, embeddings: bool
+    model: ir.Model,
+    kept: Mapping[str, Mask],
+    *,
+    small: bool,
+    embeddings: bool,
+    weighed: Collection[str] = (),
 ) -> list[Master]:
     """Return all that is trained: tensors with masks, then biases and the like, then embeddings.
 
@@ -116,6 +121,13 @@ def masters(
 
     Embeddings stay by default: the rows of tokens that the feeds lack would be judged by nobody,
     and a head that is tied to them moves with them.
+
+    Args:
+        model: the sparse one, or a part of it.
+        kept: masks by name.
+        small: train biases and the like.
+        embeddings: train tables whose rows are looked up.
+        weighed: inputs that stored matrices outside of this part made.
 
     Raises:
         ModelError: a mask names no float tensor of the model, or has another shape.
@@ -136,7 +148,8 @@ def masters(
         if np.any(np.asarray(tensor.numpy(), np.float32)[~mask]):
             raise ModelError(f"distillation: weight {name!r} is not zero where its mask removes it")
         chosen[name] = mask
-    names = [*(_small(model.graph) if small else ()), *(_tables(model.graph) if embeddings else ())]
+    vectors = _small(model.graph, weighed) if small else ()
+    names = [*vectors, *(_tables(model.graph) if embeddings else ())]
     for name in names:
         if name in stored and stored[name].tensor.dtype in FLOATS:
             chosen.setdefault(name, None)
@@ -149,9 +162,9 @@ def _master(name: str, tensor: ir.TensorProtocol, mask: Mask | None) -> Master:
     return Master(name, value, ones, tensor.dtype)
 
 
-def _small(graph: ir.Graph) -> Iterator[str]:
+def _small(graph: ir.Graph, made: Collection[str]) -> Iterator[str]:
     """Yield the names of biases, scales and offsets, in the order of the graph."""
-    weighed: set[ir.Value] = set()
+    weighed = {value for value in graph.inputs if value.name in made}
     for node in graph:
         reads = [value for value in node.inputs if value is not None]
         if any(value in weighed or _is_matrix(value) for value in reads):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from iobs_onnx.errors import ModelError
 from iobs_onnx.pruning.distil.losses import Distance, Target, distance
 from iobs_onnx.pruning.distil.trained import Master
-from iobs_onnx.runtime import Feed, Padding
-from iobs_onnx.runtime.differentiable import Evaluator
+from iobs_onnx.runtime import Feed
+from iobs_onnx.runtime.data.open import PAD_MASK
+from iobs_onnx.runtime.differentiable import Evaluator, bfloat16_factors
 
 BETAS = (0.9, 0.99)
 # Rates that the range test tries, in units of the root mean square of the masked weights, and the
@@ -27,22 +29,32 @@ TRIED = 8
 _LOST = 4.0
 
 
+class Teacher(Protocol):
+    """The dense model, or a part of it, as a function of a feed."""
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], *, outputs: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """Return values by name."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """The dense and the sparse model as functions of a feed.
 
     Attributes:
-        dense, sparse: evaluated in float32.
+        dense: gives the values to come near to.
+        sparse: evaluated in float32.
         targets: what is compared.
         masters: take the place of stored tensors of the sparse model.
-        padding: of both; None where they have no mask.
+        rounds: whether steps multiply in bfloat16 what is large enough.
     """
 
-    dense: Evaluator
+    dense: Teacher
     sparse: Evaluator
     targets: Sequence[Target]
     masters: Sequence[Master]
-    padding: Padding | None = None
+    rounds: bool = False
 
     def distance(self, feed: Feed, *, rounded: bool = False) -> Distance:
         """Return the loss on a feed; `rounded` as the weights would be stored."""
@@ -52,13 +64,7 @@ class Pair:
         with torch.no_grad():
             dense = self.dense(inputs, outputs=values)
         sparse = self.sparse(inputs, weights=weights, outputs=values)
-        masks = {}
-        if self.padding is not None and self.padding.name in feed:
-            mask = np.asarray(feed[self.padding.name]) != 0
-            for name, value in dense.items():
-                if (counts := self.padding.over(mask, name, value.shape)) is not None:
-                    masks[name] = torch.from_numpy(counts)
-        return distance(self.targets, dense, sparse, masks)
+        return distance(self.targets, dense, sparse, inputs.get(PAD_MASK))
 
     def judge(self, feeds: Iterable[Feed]) -> float:
         """Return the loss on held-out feeds, the mean over their rows; inf if it is not finite."""
@@ -102,7 +108,8 @@ class Steps:
     """Steps of Adam over a pair's masters; zeros outside the masks stay zeros.
 
     Kingma and Ba, "Adam", 2015. A gradient that is zero from the first step on moves nothing, so
-    that masking gradients is enough.
+    that masking gradients is enough. What is judged is computed in float32 throughout; steps round
+    the factors of large products where the pair says so.
     """
 
     def __init__(self, pair: Pair, clip: float) -> None:
@@ -114,12 +121,13 @@ class Steps:
         """Take one step; a loss or gradient that is not finite moves nothing."""
         for value in self._values:
             value.grad = None
-        found = self._pair.distance(feed)
-        if not found.loss.requires_grad:
-            raise ModelError("distillation: no output depends on the weights to train")
-        if not bool(torch.isfinite(found.loss)):
-            return Distance(found.loss.detach(), found.rows)
-        found.loss.backward()
+        with bfloat16_factors(self._pair.rounds):
+            found = self._pair.distance(feed)
+            if not found.loss.requires_grad:
+                raise ModelError("distillation: no output depends on the weights to train")
+            if not bool(torch.isfinite(found.loss)):
+                return Distance(found.loss.detach(), found.rows)
+            found.loss.backward()
         for master in self._pair.masters:
             if master.mask is not None and master.value.grad is not None:
                 master.value.grad.mul_(master.mask)
@@ -185,6 +193,7 @@ class Plan:
         rate: at the top of the schedule.
         warm_up, clip, checks: as in :class:`DistilSettings`.
         told: is called after each step with the step and the last held-out loss.
+        keeps: Ctrl-C ends the run as if it had no more steps; else it raises.
     """
 
     steps: int
@@ -193,10 +202,11 @@ class Plan:
     clip: float
     checks: int
     told: Callable[[int, float], None]
+    keeps: bool = False
 
 
 def train(
-    pair: Pair, feeds: Iterator[Feed], held_out: Sequence[Feed], plan: Plan, start: State
+    pair: Pair, feeds: Iterator[Feed], held_out: Iterable[Feed], plan: Plan, start: State
 ) -> Run:
     """Train, judging now and then, and leave the best state in the masters.
 
@@ -211,22 +221,27 @@ def train(
     every = max(1, plan.steps // plan.checks)
     curve: list[tuple[int, float | None, float]] = [(0, None, start.loss)]
     best, losses, rows, step, note = start, [], 0, 0, ""
-    for feed in islice(feeds, plan.steps):
-        share = schedule(step, plan.steps, plan.warm_up)
-        found = taken.take(feed, plan.rate * share)
-        losses.append(float(found.loss))
-        rows += found.rows
-        step += 1
-        if step % every == 0 or step == plan.steps:
-            judged = pair.judge(held_out)
-            curve.append((step, sum(losses) / len(losses), judged))
-            losses = []
-            if judged < best.loss:
-                best = State.of(pair, judged)
-            if not judged < _LOST * start.loss:
-                note = f"stopped at step {step}: the held-out loss rose to {judged:.4g}"
-                break
-        plan.told(step, curve[-1][2])
+    try:
+        for feed in islice(feeds, plan.steps):
+            share = schedule(step, plan.steps, plan.warm_up)
+            found = taken.take(feed, plan.rate * share)
+            losses.append(float(found.loss))
+            rows += found.rows
+            step += 1
+            if step % every == 0 or step == plan.steps:
+                judged = pair.judge(held_out)
+                curve.append((step, sum(losses) / len(losses), judged))
+                losses = []
+                if judged < best.loss:
+                    best = State.of(pair, judged)
+                if not judged < _LOST * start.loss:
+                    note = f"stopped at step {step}: the held-out loss rose to {judged:.4g}"
+                    break
+            plan.told(step, curve[-1][2])
+    except KeyboardInterrupt:
+        if not plan.keeps:
+            raise
+        note, losses = f"interrupted at step {step}: what was best until then is kept", []
     if losses:
         curve.append((step, sum(losses) / len(losses), judged := pair.judge(held_out)))
         best = State.of(pair, judged) if judged < best.loss else best

@@ -33,7 +33,9 @@ def render_report(report: Report) -> str:
     compare = options["compare"]
     ratios = [site["error_ratio"] for site in sites if site["error_ratio"] is not None]
     trace = report.get("rounds") or []
-    curve = (report.get("distillation") or {}).get("curve") or []
+    distilled = report.get("distillation") or {}
+    curve = distilled.get("curve") or []
+    blocks = (distilled.get("blocks") or {}).get("each") or []
     trace = trace if len(trace) > 1 else []
     shares = report.get("allocation") or []
     drawn = {
@@ -51,7 +53,7 @@ def render_report(report: Report) -> str:
         *([("allocation", "Allocation")] if shares else []),
         *([("against", f"Against {compare}")] if ratios else []),
         *([("rounds", "Rounds")] if trace else []),
-        *([("distillation", "Distillation")] if curve else []),
+        *([("distillation", "Distillation")] if curve or blocks else []),
         ("mask", "Masks"),
         ("deployment", "Deployment"),
         ("table", "Table"),
@@ -73,6 +75,7 @@ def render_report(report: Report) -> str:
             "compared": len(ratios),
             "warnings": _warnings(report),
             "outcome": [line[0].upper() + line[1:] for line in outcome(report)],
+            "blocks": blocks,
             "rules": _rules(sites) if _holds_2_4(report) else [],
             "masks": _masks(sites),
             "declined": _by_reason(report["declined"]),

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from pruning.distil.small_models import build, encoder, linear
 
 from iobs_onnx.errors import ModelError
-from iobs_onnx.pruning.distil.losses import Target, distance, find_targets
+from iobs_onnx.pruning.distil.losses import Target, distance, find_targets, predicts_tokens
 
 
 def ended(*ends: str, output: str = "y", axis: int | None = None) -> ir.Model:
@@ -62,6 +62,9 @@ def test_a_last_axis_of_the_vocabulary_is_one_of_logits() -> None:
     )
     assert find_targets(model) == [Target("out", "out", "kl")]
     assert find_targets(model, "mse") == [Target("out", "out", "mse")]
+    assert predicts_tokens(model)
+    assert not predicts_tokens(encoder(prune=False)[0])
+    assert not predicts_tokens(linear(np.eye(8)))
 
 
 def test_caches_are_not_matched_and_something_must_be() -> None:
@@ -74,7 +77,7 @@ def test_kl_is_that_of_torch_in_value_and_gradient() -> None:
     torch.manual_seed(0)
     dense, sparse = torch.randn(2, 5, 7), torch.randn(2, 5, 7, requires_grad=True)
     target = [Target("y", "y", "kl")]
-    found = distance(target, {"y": dense}, {"y": sparse}, {})
+    found = distance(target, {"y": dense}, {"y": sparse}, None)
     (ours,) = torch.autograd.grad(found.loss, sparse)
     expected = torch.nn.functional.kl_div(
         sparse.log_softmax(-1).reshape(-1, 7),
@@ -95,9 +98,9 @@ def test_padding_is_left_out_of_every_kind() -> None:
     dense, sparse = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
     for kind in ("kl", "mse", "embedding"):
         target = [Target("y", "y", kind)]  # type: ignore[arg-type]
-        before = distance(target, {"y": dense}, {"y": sparse}, {"y": mask != 0})
+        before = distance(target, {"y": dense}, {"y": sparse}, mask)
         changed = torch.where(mask[..., None] != 0, sparse, 100.0)
-        after = distance(target, {"y": dense}, {"y": changed}, {"y": mask != 0})
+        after = distance(target, {"y": dense}, {"y": changed}, mask)
         assert before.rows == after.rows == 12
         assert before.loss == after.loss
 
@@ -107,6 +110,6 @@ def test_identical_outputs_are_no_distance_apart_and_shapes_must_fit() -> None:
     y = torch.randn(3, 5, 7)
     for kind in ("kl", "mse", "embedding"):
         target = [Target("y", "y", kind)]  # type: ignore[arg-type]
-        assert distance(target, {"y": y}, {"y": y}, {}).loss == 0
+        assert distance(target, {"y": y}, {"y": y}, None).loss == 0
         with pytest.raises(ModelError, match="has shape"):
-            distance(target, {"y": y}, {"y": y[1:]}, {})
+            distance(target, {"y": y}, {"y": y[1:]}, None)

@@ -37,7 +37,7 @@ def outputs(path: Path, data: Path) -> np.ndarray:
 
 def test_it_comes_nearer_to_the_dense_model_on_other_data(residual: Path, tmp_path: Path) -> None:
     plain, trained = tmp_path / "plain.onnx", tmp_path / "trained.onnx"
-    prune(residual, plain, distill="none", distill_steps=400)
+    prune(residual, plain, distill="none", distill_steps=None)
     result = prune(residual, trained)
     found = result.report.distillation
     assert found is not None
@@ -59,7 +59,7 @@ def test_it_comes_nearer_to_the_dense_model_on_other_data(residual: Path, tmp_pa
 
 
 def test_a_time_is_planned_for(residual: Path, tmp_path: Path) -> None:
-    found = prune(residual, tmp_path / "out.onnx", distill_steps=400, distill_time="0.5s")
+    found = prune(residual, tmp_path / "out.onnx", distill_steps=None, distill_time="0.5s")
     assert found.report.options["distill_time"] == 0.5
     assert found.report.distillation is not None
     assert found.report.distillation["steps"] >= 1
@@ -69,8 +69,8 @@ def test_what_does_not_help_is_not_taken(
     residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, refused = tmp_path / "plain.onnx", tmp_path / "refused.onnx"
-    prune(residual, plain, distill="none", distill_steps=400)
-    never = Distilled({}, ((0, None, 1.0),), 1.0, 1.0, False, 1, 1, 1, 0.0, 1e-3, {}, 0)
+    prune(residual, plain, distill="none", distill_steps=None)
+    never = Distilled({}, ((0, None, 1.0),), 1.0, 1.0, False, 1, 1, 1, 0.0, 1e-3, {}, 0, "float32")
     monkeypatch.setattr(stage, "distil", lambda *_, **__: never)
     result = prune(residual, refused)
     assert result.report.distillation is not None
@@ -86,7 +86,7 @@ def test_a_metric_that_falls_refuses_it(residual: Path, tmp_path: Path) -> None:
         calls.append(path)
         return -float(len(calls))
 
-    prune(residual, plain, distill="none", distill_steps=400)
+    prune(residual, plain, distill="none", distill_steps=None)
     found = prune(residual, refused, metric=falls).report.distillation
     assert found is not None
     assert not found["accepted"]
@@ -110,10 +110,14 @@ def test_what_cannot_be_is_said_before_the_work(residual: Path, tmp_path: Path) 
     output = tmp_path / "out.onnx"
     with pytest.raises(OptionError, match="trains float weights, not those of quantize int8"):
         prune(residual, output, quantize="int8")
-    with pytest.raises(OptionError, match="distill_steps 60: goes with distill model"):
+    with pytest.raises(
+        OptionError, match="distill_steps 60: goes with distill blocks, model or both"
+    ):
         prune(residual, output, distill="none")
-    with pytest.raises(OptionError, match=r"distill_time 60.0: goes with distill model"):
-        prune(residual, output, distill="none", distill_steps=400, distill_time="1min")
+    with pytest.raises(
+        OptionError, match=r"distill_time 60.0: goes with distill blocks, model or both"
+    ):
+        prune(residual, output, distill="none", distill_steps=None, distill_time="1min")
     with pytest.raises(OptionError, match="'soon': expected a time such as 90s"):
         prune(residual, output, distill_time="soon")
     one = [{"x": np.ones((1, 16), np.float32)}]

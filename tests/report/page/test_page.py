@@ -301,3 +301,16 @@ def test_the_curve_of_distillation_is_drawn_where_there_is_one(report: dict[str,
     assert 'id="distillation"' in html
     assert "Held-out loss by step" in html
     assert "held-out loss 0.5 before, 0.2 after" in html
+
+
+def test_blocks_that_were_distilled_are_listed_with_their_reasons(report: dict[str, Any]) -> None:
+    trained = {"outputs": ["first"], "sites": ["w"], "before": 0.5, "after": 0.125}
+    left = {"outputs": ["second"], "sites": [], "before": None, "after": None}
+    each = [{**trained, "accepted": True}, {**left, "accepted": False, "reason": "no such weight"}]
+    facts = {"steps": 8, "before": 0.75, "after": 0.25, "accepted": True, "notes": []}
+    html = render_report({**report, "distillation": {"blocks": {**facts, "each": each}}})
+    assert 'id="distillation"' in html
+    assert "0.125" in html
+    assert "no such weight" in html
+    assert "1 of 2 blocks came nearer" in html
+    assert "Held-out loss by step" not in html
