@@ -43,6 +43,19 @@ def add(commands: Any) -> None:
         help="data that only judge (default: a tenth of the calibration data)",
     )
     command.add_argument("--output", metavar="OUT.onnx", required=True, help="the model to write")
+    _add_training(command)
+    for option in dataclasses.fields(PruneConfig):
+        if option.name in _DATA:
+            flag = "--" + option.name.replace("_", "-")
+            how = option.metadata["how"]
+            command.add_argument(flag, default=None, help=option.metadata["help"], **how)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    """Add what says how to train."""
     command.add_argument(
         "--distill",
         default="model",
@@ -78,14 +91,6 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--mirror", action="store_true", help="mirror images by chance, where that means nothing"
     )
-    for option in dataclasses.fields(PruneConfig):
-        if option.name in _DATA:
-            flag = "--" + option.name.replace("_", "-")
-            how = option.metadata["how"]
-            command.add_argument(flag, default=None, help=option.metadata["help"], **how)
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _distill(arguments: argparse.Namespace) -> int:

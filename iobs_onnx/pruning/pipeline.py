@@ -31,6 +31,7 @@ from iobs_onnx.pruning.prior.allocate import allocate
 from iobs_onnx.pruning.prior.permute import permuted
 from iobs_onnx.pruning.progress import Progress
 from iobs_onnx.pruning.records import Run
+from iobs_onnx.pruning.round_after import round_kept
 from iobs_onnx.pruning.rounds import UNREACHED, Rounds
 from iobs_onnx.pruning.selection import decline, select
 from iobs_onnx.pruning.solve import Solve
@@ -133,8 +134,7 @@ def prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        stages = _model_stages(config, sources, model, judge, checkpoint)
-        final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
+        final = _finished(rounds, rounded.pruned, sources, model, progress)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, output)
         report = build_report(
@@ -181,18 +181,25 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
     return chosen
 
 
-def _model_stages(
-    config: PruneConfig, sources: Sequence[Any], model: Model, judge: Judge, checkpoint: Checkpoint
-) -> list[ModelStage]:
-    """Return what is done to the whole model after the last round."""
-    stages: list[ModelStage] = []
+def _finished(
+    rounds: Rounds, pruned: Pruned, sources: Sequence[Any], model: Model, progress: Progress
+) -> Pruned:
+    """Do what is done to the whole model after the last round: distil, round, leave dense."""
+    run, judge, checkpoint = rounds.run, rounds.judge, rounds.checkpoint
+    config, finish = run.config, Finish(run, judge, checkpoint, progress)
+    training: list[ModelStage] = []
     if config.distill in ("blocks", "both"):
-        stages.append(DistilBlocks(judge, checkpoint))
+        training.append(DistilBlocks(judge, checkpoint))
     if config.distill in ("model", "both"):
-        stages.append(DistilModel(sources, model))
-    if config.budget_error is not None or config.min_metric is not None:
-        stages.append(LeaveDense(judge))
-    return stages
+        training.append(DistilModel(sources, model))
+    pruned = finish.stages(pruned, training)
+    if training and config.quantize is not None:
+        with progress.stage("round", None) as advance:
+            pruned = round_kept(
+                run, rounds.route, pruned, judge=judge, checkpoint=checkpoint, advance=advance
+            )
+    bounded = config.budget_error is not None or config.min_metric is not None
+    return finish.stages(pruned, [LeaveDense(judge)] if bounded else [])
 
 
 def _distillation(final: Pruned) -> dict[str, Any] | None:
