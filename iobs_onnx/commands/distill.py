@@ -155,7 +155,7 @@ def _show_blocks(console: Any, told: Any) -> None:
         )
     console.print(table)
     console.print(
-        f"error of the outputs on held-out data {told['before']:.4g} → {told['after']:.4g}; "
+        f"held-out loss of the outputs {told['before']:.4g} → {told['after']:.4g}; "
         f"{told['trained']:,} numbers trained",
         soft_wrap=True,
     )

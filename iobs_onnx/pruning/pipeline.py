@@ -189,7 +189,7 @@ def _finished(
     config, finish = run.config, Finish(run, judge, checkpoint, progress)
     training: list[ModelStage] = []
     if config.distill in ("blocks", "both"):
-        training.append(DistilBlocks(judge, checkpoint))
+        training.append(DistilBlocks(checkpoint))
     if config.distill in ("model", "both"):
         training.append(DistilModel(sources, model))
     pruned = finish.stages(pruned, training)
