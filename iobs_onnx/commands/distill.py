@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
-def _add_training(command: Any) -> None:
-    """Add how to train."""
+def _add_training(command: argparse.ArgumentParser) -> None:
+    """Add what says how to train."""
     command.add_argument(
         "--distill",
         default="model",
@@ -159,7 +159,7 @@ def _show_blocks(console: Any, told: Any) -> None:
         )
     console.print(table)
     console.print(
-        f"error of the outputs on held-out data {told['before']:.4g} → {told['after']:.4g}; "
+        f"held-out loss of the outputs {told['before']:.4g} → {told['after']:.4g}; "
         f"{told['trained']:,} numbers trained",
         soft_wrap=True,
     )

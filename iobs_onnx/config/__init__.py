@@ -330,11 +330,6 @@ class PruneConfig:
                 f"forgetting_factor {self.forgetting_factor}: one round has none before it; give "
                 "rounds"
             )
-        if self.distill != "none" and self.quantize is not None:
-            raise OptionError(
-                f"distill {self.distill}: trains float weights, not those of quantize "
-                f"{self.quantize}; leave one of them out"
-            )
         for name in ("distill_steps", "distill_time"):
             if self.distill == "none" and (value := getattr(self, name)) is not None:
                 raise OptionError(f"{name} {value}: goes with distill blocks, model or both")

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from iobs_onnx.pruning.prior.allocate import allocate
 from iobs_onnx.pruning.prior.permute import permuted
 from iobs_onnx.pruning.progress import Progress
 from iobs_onnx.pruning.records import Run
+from iobs_onnx.pruning.round_after import round_kept
 from iobs_onnx.pruning.rounds import UNREACHED, Rounds
 from iobs_onnx.pruning.selection import decline, select
 from iobs_onnx.pruning.solve import Solve
@@ -49,7 +50,7 @@ from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import Data, input_specs
-from iobs_onnx.site import Candidates, Declined
+from iobs_onnx.site import Candidates, Declined, Site
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -161,14 +162,7 @@ def _prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        stages = _model_stages(
-            config,
-            sources,
-            model,
-            DistilBlocks(judge, checkpoint),
-            LeaveDense(judge, allocation.prices),
-        )
-        final = Finish(run, judge, checkpoint, progress).stages(rounded.pruned, stages)
+        final = _finished(rounds, rounded.pruned, sources, model, allocation.prices, progress)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, place)
         report = build_report(
@@ -226,22 +220,30 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
     return chosen
 
 
-def _model_stages(
-    config: PruneConfig,
+def _finished(
+    rounds: Rounds,
+    pruned: Pruned,
     sources: Sequence[Any],
     model: Model,
-    blocks: DistilBlocks,
-    leave_dense: LeaveDense,
-) -> list[ModelStage]:
-    """Return what is done to the whole model after the last round."""
-    stages: list[ModelStage] = []
+    prices: Mapping[Site, float],
+    progress: Progress,
+) -> Pruned:
+    """Do what is done to the whole model after the last round: distil, round, leave dense."""
+    run, judge, checkpoint = rounds.run, rounds.judge, rounds.checkpoint
+    config, finish = run.config, Finish(run, judge, checkpoint, progress)
+    training: list[ModelStage] = []
     if config.distill in ("blocks", "both"):
-        stages.append(blocks)
+        training.append(DistilBlocks(checkpoint))
     if config.distill in ("model", "both"):
-        stages.append(DistilModel(sources, model))
-    if config.budget_error is not None or config.min_metric is not None:
-        stages.append(leave_dense)
-    return stages
+        training.append(DistilModel(sources, model))
+    pruned = finish.stages(pruned, training)
+    if training and config.quantize is not None:
+        with progress.stage("round", None) as advance:
+            pruned = round_kept(
+                run, rounds.route, pruned, judge=judge, checkpoint=checkpoint, advance=advance
+            )
+    bounded = config.budget_error is not None or config.min_metric is not None
+    return finish.stages(pruned, [LeaveDense(judge, prices)] if bounded else [])
 
 
 def _distillation(final: Pruned) -> dict[str, Any] | None:

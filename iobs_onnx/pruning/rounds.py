@@ -112,25 +112,19 @@ class Rounds:
         feeds: Iterable[Feed],
         advance: Callable[[], None],
     ) -> Walked:
-        config, route = self.run.config, self.route
         working = prepare(self.run.dense, self.run.sites)
         rewrite_sites(working, start)
-        mixed: Iterable[Feed | tuple[Feed, float]] = feeds
-        if route.tokens:
-            seed = config.seed + number - 1
-            mixed = with_random_tokens(feeds, *route.tokens, config.random_tokens, seed)
-        read = self.checkpoint.digested(f"round-{number}", mixed)
-        shard = Shard(self.run, route.model, working, read, differ=number > 1)
-        return Walk(
+        return walk_once(
             self.run,
-            route,
+            self.route,
             number,
+            working,
             start,
+            feeds,
             stages=self.stages,
-            executor=LocalExecutor(route.model, working, [shard]),
             checkpoint=self.checkpoint,
             advance=advance,
-        ).run()
+        )
 
     def _judged(self, number: int, sites: dict[Site, SolvedSite]) -> Pruned:
         """Check the patterns, and judge the model with these sites."""
@@ -158,6 +152,51 @@ class Rounds:
         verdict = self.judge(model)
         self.checkpoint.note(name, dataclasses.asdict(verdict))
         return verdict
+
+
+def walk_once(
+    run: Run,
+    route: Route,
+    number: int,
+    working: ir.Model,
+    start: Mapping[Site, SolvedSite],
+    feeds: Iterable[Feed],
+    *,
+    stages: Sequence[SegmentStage],
+    checkpoint: Checkpoint,
+    advance: Callable[[], None],
+) -> Walked:
+    """Walk through a model once, in this process, and return what the stages made of it.
+
+    Args:
+        run: what all parts of the run share.
+        route: of the walk.
+        number: of the walk, from 1.
+        working: the model as it is when the walk begins, with every value that taps read; it is
+            changed in place.
+        start: what became of its sites so far.
+        feeds: measured on, random tokens mixed in where the route says so.
+        stages: of every segment.
+        checkpoint: takes what is made.
+        advance: as for :class:`Walk`.
+    """
+    config = run.config
+    mixed: Iterable[Feed | tuple[Feed, float]] = feeds
+    if route.tokens:
+        seed = config.seed + number - 1
+        mixed = with_random_tokens(feeds, *route.tokens, config.random_tokens, seed)
+    read = checkpoint.digested(f"round-{number}", mixed)
+    shard = Shard(run, route.model, working, read, differ=number > 1)
+    return Walk(
+        run,
+        route,
+        number,
+        start,
+        stages=stages,
+        executor=LocalExecutor(route.model, working, [shard]),
+        checkpoint=checkpoint,
+        advance=advance,
+    ).run()
 
 
 def _parts(data: Data, rounds: int) -> Sequence[Iterable[Feed]]:

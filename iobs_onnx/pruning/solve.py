@@ -33,7 +33,7 @@ class Solve:
     Each aims at `f(W) = ½ E‖W_dense x_d + (r_d − r_s) − W x_s‖²`, with the residual where the
     output is added to a stream. With bias compensation `b` the bias takes over that fraction of
     the mean error, and the rest is solved with `H − b μμᵀ`, μ the mean of `x_s`. Under `quantize`
-    what is kept is rounded. Sites that no row reached are left out.
+    what is kept is rounded, unless it is to be trained. Sites that no row reached are left out.
     """
 
     name: str = "solve"
@@ -86,6 +86,11 @@ class _Stacked:
         return self.pattern.density == 1.0
 
     @property
+    def rounds(self) -> bool:
+        """Whether what is kept is rounded now; what is trained is rounded afterwards."""
+        return self.config.quantize is not None and self.config.distill == "none"
+
+    @property
     def biased(self) -> bool:
         """Whether a mean is left to biases: only where every site of the tap has one."""
         return not self.whole and all(item.bias is not None for item in self.tensors.values())
@@ -113,7 +118,7 @@ class _Stacked:
                 excess=squared_norm(sparse - aims[index], moments.matrix),
                 energy=squared_norm(dense[index], self.hessian.matrix),
                 compared=sum(s.excess for s in other[index]) if other else None,
-                quantized=None if config.quantize is None else why_not_integers(site) or "int8",
+                quantized=(why_not_integers(site) or "int8") if self.rounds else None,
                 nearest=None
                 if nearest is None
                 else squared_norm(matrices(site, nearest, device) - aims[index], moments.matrix),
@@ -159,7 +164,7 @@ class _Stacked:
     ) -> tuple[Stored, Codes | None, Stored | None]:
         """Return the tensor to store, its integers, and what plain rounding would have stored."""
         dense = self.tensors[site].dense
-        if self.config.quantize is not None and why_not_integers(site) is None:
+        if self.rounds and why_not_integers(site) is None:
             codes, nearest = round_site(
                 site, groups, wanted, hessian, self.config.damping, dense.dtype
             )

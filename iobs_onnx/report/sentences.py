@@ -40,11 +40,10 @@ def _blocks(found: Mapping[str, Any] | None) -> list[str]:
     if found is None:
         return []
     taken = sum(block["accepted"] for block in found["each"])
-    shown = ["–" if found[end] is None else f"{found[end]:.4g}" for end in ("before", "after")]
     line = (
         f"distilled block by block for {found['steps']} steps: {taken} of {len(found['each'])} "
-        f"blocks came nearer; error of the outputs on held-out data {shown[0]} before, {shown[1]} "
-        "after"
+        f"blocks came nearer; held-out loss of the outputs {found['before']:.4g} before, "
+        f"{found['after']:.4g} after"
     )
     end = "" if found["accepted"] else "; not taken, the weights are those of pruning"
     return [line + end, *found["notes"]]

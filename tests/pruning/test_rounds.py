@@ -174,7 +174,7 @@ class _CutOffError(Exception):
     [
         ("mlp", {"rounds": 2, "forgetting_factor": 0.5}),
         ("residual", {"distill": "model", "distill_steps": 5}),
-        ("residual", {"distill": "blocks", "distill_steps": 15}),
+        ("residual", {"distill": "blocks", "distill_steps": 15, "quantize": "int8"}),
     ],
 )
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from iobs_onnx.engine import Engine
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.passes import Segment, partition, prepare, rewrite, stored_slots
+from iobs_onnx.passes import Segment, load_model, partition, prepare, rewrite, stored_slots
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.losses import Target, find_targets
 from iobs_onnx.pruning.distil.settings import DistilSettings
 from iobs_onnx.pruning.distil.streams import Streams
 from iobs_onnx.pruning.distil.trained import FLOATS, Mask, Master, masters
 from iobs_onnx.pruning.distil.training import Pair, Plan, State, find_rate, first, planned, train
-from iobs_onnx.pruning.judge import Judge, Verdict
+from iobs_onnx.pruning.distil.worth import held_out_loss
 from iobs_onnx.runtime import Feed
 from iobs_onnx.runtime.differentiable import Evaluator, agreement, unsupported
 from iobs_onnx.site import Site
@@ -102,6 +102,15 @@ class Blocks:
         shared = frozenset(name for name, count in readers.items() if count > 1)
         return cls(model, segments, targets, shared)
 
+    def notes(self) -> list[str]:
+        """Return what a report must say of the cut."""
+        notes = []
+        if len(self.segments) == 1:
+            notes.append("no place between two sites is narrow: the model is one block")
+        if self.shared:
+            notes.append(f"not trained: {len(self.shared)} stored tensors that several blocks read")
+        return notes
+
     def matched(self, segment: Segment) -> list[Target]:
         """Return what a block is trained towards."""
         values = {v.name: v for node in self.model.graph for v in node.outputs}
@@ -122,18 +131,32 @@ class BlocksDistilled:
     """What distillation block by block gave.
 
     Attributes:
-        tensors: name of a stored tensor to its new values, of accepted blocks.
+        tensors: stored tensors of accepted blocks, by name; none where the model's
+            outputs did not come nearer.
         blocks: all of them, first to last.
+        before, after: held-out loss of the model's outputs without and with these tensors.
         notes: what a report must say.
     """
 
     tensors: dict[str, NDArray[np.generic]]
     blocks: list[BlockReport]
-    notes: list[str] = field(default_factory=list)
+    before: float
+    after: float
+    seconds: float
+    notes: list[str]
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the outputs came nearer."""
+        return self.after < self.before
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the tensors, as JSON types."""
         return {
+            "before": self.before,
+            "after": self.after,
+            "accepted": self.accepted,
+            "seconds": self.seconds,
             "steps": sum(block.steps for block in self.blocks),
             "trained": sum(block.trained for block in self.blocks),
             "notes": self.notes,
@@ -173,16 +196,16 @@ class BlockTrainer:
 
     def run(
         self, feeds: Iterable[Feed], held_out: Sequence[Feed], advance: Callable[[], None]
-    ) -> BlocksDistilled:
+    ) -> tuple[dict[str, NDArray[np.generic]], list[BlockReport]]:
         """Train every block; `advance` is called after each.
 
+        Returns:
+            New tensors by name, of accepted blocks, and what became of each block.
+
         Raises:
-            DataError: there are no feeds to train on, or none to judge by.
+            DataError: there are no feeds to train on.
             ModelError: ONNX Runtime cannot run a block.
         """
-        held_out = list(held_out)
-        if not held_out:
-            raise DataError("distillation: there are no held-out feeds to judge by")
         began = time.perf_counter()
         streams = Streams(self.dense, self.blocks.model, held_out, feeds, self.engine)
         tensors: dict[str, NDArray[np.generic]] = {}
@@ -201,7 +224,7 @@ class BlockTrainer:
             differs = bool(new or self._masks(segment) or streams.differ(segment.inputs))
             streams.follow(segment, differs=differs)
             advance()
-        return BlocksDistilled(tensors, reports, self._notes(reports))
+        return tensors, reports
 
     def _budget(self, streams: Streams, spent: float, left: int) -> DistilSettings:
         """Return the settings of the next block: its share of the steps or of the time left."""
@@ -318,31 +341,6 @@ class BlockTrainer:
             raise ModelError(found.reason)
         return evaluator
 
-    def _notes(self, reports: Sequence[BlockReport]) -> list[str]:
-        notes = []
-        if len(reports) == 1:
-            notes.append("no place between two sites is narrow: the model is one block")
-        if self.blocks.shared:
-            count = len(self.blocks.shared)
-            notes.append(f"not trained: {count} stored tensors that several blocks read")
-        return notes
-
-
-def judged(
-    found: BlocksDistilled, sparse: ir.Model, judge: Judge, before: Verdict
-) -> tuple[Verdict, dict[str, Any]]:
-    """Put what was trained into a model, in place, and say whether its outputs came nearer.
-
-    Returns:
-        What the model is worth now, and what a report tells of it.
-    """
-    rewrite(sparse, found.tensors)
-    after = judge(sparse)
-    nearer = before.error is None or after.error is None or after.error < before.error
-    accepted = bool(found.tensors) and nearer
-    told = {"before": before.error, "after": after.error, "accepted": accepted, **found.as_dict()}
-    return after, told
-
 
 def distil_blocks(
     dense: ir.Model,
@@ -376,9 +374,20 @@ def distil_blocks(
         DataError: there are no feeds to train on, or none to judge by.
         ModelError: there is no output to match, or ONNX Runtime cannot run a model.
     """
-    settings = settings or DistilSettings()
+    began = time.perf_counter()
+    settings, held_out = settings or DistilSettings(), list(held_out)
+    if not held_out:
+        raise DataError("distillation: there are no held-out feeds to judge by")
     blocks = Blocks.of(sparse, sites, settings.loss, engine.budget)
     trainer = BlockTrainer(
         prepare(dense, sites), blocks, kept, set(stored_slots(sparse)), engine, checkpoint, settings
     )
-    return trainer.run(feeds, held_out, advance)
+    tensors, reports = trainer.run(feeds, held_out, advance)
+    trained = load_model(sparse)
+    rewrite(trained, tensors)
+    before, after = (
+        held_out_loss(dense, model, blocks.targets, held_out, engine) for model in (sparse, trained)
+    )
+    seconds = time.perf_counter() - began
+    kept_ones = tensors if after < before else {}
+    return BlocksDistilled(kept_ones, reports, before, after, seconds, blocks.notes())

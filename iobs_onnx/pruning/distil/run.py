@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,13 +27,12 @@ from iobs_onnx.passes import (
     writing_to,
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint
-from iobs_onnx.pruning.distil.blocks import distil_blocks, judged
+from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, mirrored, own_text
 from iobs_onnx.pruning.distil.losses import predicts_tokens
 from iobs_onnx.pruning.distil.model import distil
 from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, kept_masks
-from iobs_onnx.pruning.judge import Judge
 from iobs_onnx.pruning.progress import Progress
 from iobs_onnx.pruning.sources import calibration_sources, open_sources
 from iobs_onnx.runtime import (
@@ -191,14 +189,12 @@ def _blocks(
     advance: Callable[[], None],
 ) -> dict[str, Any]:
     """Train block by block, in place, and return what a report tells of it."""
-    data, began = request.data(), time.perf_counter()
+    data = request.data()
     feeds = list(data.calibration)
     if request.mirror:
         feeds += mirrored(feeds, settings.seed)
     with TemporaryDirectory(prefix="iobs-onnx-") as folder:
         engine = Engine(request.config.provider, default_memory_budget(), Path(folder))
-        judge = Judge(request.dense, data, engine)
-        before = judge(student)
         found = distil_blocks(
             request.dense,
             student,
@@ -211,10 +207,8 @@ def _blocks(
             settings=settings,
             advance=advance,
         )
-        _, told = judged(found, load_model(student), judge, before)
-    if told["accepted"]:
-        rewrite(student, found.tensors)
-    return {**told, "seconds": time.perf_counter() - began}
+    rewrite(student, found.tensors)
+    return found.as_dict()
 
 
 def _whole(

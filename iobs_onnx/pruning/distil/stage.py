@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,12 @@ import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.checkpoint import Checkpoint
-from iobs_onnx.pruning.distil.blocks import distil_blocks, judged
+from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, own_text
 from iobs_onnx.pruning.distil.losses import find_targets, predicts_tokens
 from iobs_onnx.pruning.distil.model import distil, require_trainable
 from iobs_onnx.pruning.distil.settings import STEPS, DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
-from iobs_onnx.pruning.judge import Judge
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import ModelProposal, Pruned
 from iobs_onnx.runtime import Data, Feed, SelfSamples, input_specs
@@ -64,15 +62,10 @@ def _settings(run: Run) -> DistilSettings:
 class DistilBlocks:
     """Trains what is kept block by block towards the dense model (:func:`distil_blocks`).
 
-    Each block is kept only if its held-out loss falls; all together only if the outputs come nearer
-    to the dense model's on held-out feeds.
-
     Attributes:
-        judge: of models.
         checkpoint: takes every block.
     """
 
-    judge: Judge
     checkpoint: Checkpoint
     name: str = "distil blocks"
 
@@ -82,7 +75,6 @@ class DistilBlocks:
 
     def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
         """Propose the tensors of the blocks that came nearer."""
-        began = time.perf_counter()
         sparse = with_sites(run.dense, pruned.sites, pruned.tensors)
         sites = list(pruned.sites)
         found = distil_blocks(
@@ -97,11 +89,7 @@ class DistilBlocks:
             settings=_settings(run),
             advance=advance,
         )
-        verdict, told = judged(found, sparse, self.judge, pruned.verdict)
-        told["seconds"] = time.perf_counter() - began
-        tensors = found.tensors if told["accepted"] else {}
-        before, after = pruned.verdict.error, verdict.error
-        return ModelProposal(sites, tensors, before, after, verdict, told)
+        return ModelProposal(sites, found.tensors, found.before, found.after, told=found.as_dict())
 
 
 @dataclass(frozen=True)
