@@ -122,7 +122,30 @@ class PreviousStates:
         return "one step before"
 
 
-RowForm: TypeAlias = Rows | Stacked | Patches | TransposedPatches | PreviousStates
+@dataclass(frozen=True)
+class Routed:
+    """Rows of several regressions, dealt out by an index: tokens to experts.
+
+    `index` names a value that holds one integer for each place along the axis `along`: the matrix
+    that meets this place. A row is the vector along `feature` there; axes are negative. A place
+    may be negative, as in ONNX, and then counts from the last matrix.
+    """
+
+    feature: int
+    along: int
+    matrices: int
+    index: str
+
+    @property
+    def groups(self) -> int:
+        """Number of regressions."""
+        return self.matrices
+
+    def __str__(self) -> str:
+        return f"axis {self.feature}, dealt out to {self.matrices} matrices by {self.index}"
+
+
+RowForm: TypeAlias = Rows | Stacked | Patches | TransposedPatches | PreviousStates | Routed
 
 
 @dataclass(frozen=True)
@@ -141,6 +164,11 @@ class Tap:
     def groups(self) -> int:
         """Number of independent Hessians this tap yields."""
         return self.form.groups
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All that has to be fetched: the activation, and what deals its rows out."""
+        return (self.value, self.form.index) if isinstance(self.form, Routed) else (self.value,)
 
     @property
     def label(self) -> str:
@@ -265,6 +293,16 @@ class Declined:
     initializer: str
     shape: tuple[int, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class Other:
+    """A stored tensor that is no candidate, and why; `matrix` says whether it could be a weight."""
+
+    initializer: str
+    shape: tuple[int, ...]
+    reason: str
+    matrix: bool
 
 
 @dataclass(frozen=True)

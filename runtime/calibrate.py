@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -22,9 +23,11 @@ from iobs_onnx.hessian import (
     exact_float32,
 )
 from iobs_onnx.runtime.geometry import output_space
-from iobs_onnx.runtime.rows import read_rows
+from iobs_onnx.runtime.rows import dealt, read_rows
 from iobs_onnx.runtime.stream import Batch
-from iobs_onnx.site import Patches, Rows, Tap
+from iobs_onnx.site import Patches, Routed, Rows, Tap
+
+_Chunk = TypeVar("_Chunk")
 
 
 @dataclass(frozen=True)
@@ -226,18 +229,20 @@ class _Collector:
         def work(job: _Job) -> None:
             tap, share = job.tap, {"part": job.part, "parts": job.parts}
             activation = batch.values[tap.value].to(self._device)
-            rows = read_rows(activation, tap, keeps[tap])
+            routes = _routes(tap, batch)
+            rows = read_rows(activation, tap, keeps[tap], routes)
+            shares = None if routes is None else _shares(activation, tap, routes)
             if job.left is None:
-                for chunk in rows:
-                    self.sums.grams[tap].add(chunk, batch.weight, **share)
+                for chunk, here in _first(rows, shares):
+                    self.sums.grams[tap].add(chunk, batch.weight, shares=here, **share)
                 if not self.sums.grams[tap].finite(job.part, job.parts):
                     raise DataError(_not_finite(activation, tap, index))
                 return
             assert dense is not None, "a drift is summed only with the dense model's values"
             sums = self.sums.drifts[tap] if job.left is tap else self.sums.beside[tap, job.left]
             lefts = self._away(job.left, keeps[tap], dense, batch)
-            for left, chunk in _in_step(lefts, rows):
-                sums.add(left, chunk, batch.weight, **share)
+            for (left, chunk), here in _first(_in_step(lefts, rows), shares):
+                sums.add(left, chunk, batch.weight, shares=here, **share)
 
         for _ in self._pool.map(work, self._jobs):
             pass
@@ -263,7 +268,7 @@ class _Collector:
     def _away(
         self, tap: Tap, keep: torch.Tensor | None, dense: Batch, batch: Batch
     ) -> Iterator[torch.Tensor]:
-        """Yield the rows of `x_d − x_s`."""
+        """Yield the rows of `x_d − x_s`; where each model chose its own matrix, it counts as 0."""
         ours, theirs = (b.values[tap.value].to(self._device).float() for b in (batch, dense))
         if ours.shape != theirs.shape:
             raise ModelError(
@@ -271,7 +276,14 @@ class _Collector:
                 f"{tuple(theirs.shape)} in the dense one: its size depends on the data; "
                 "use target layer"
             )
-        return read_rows(theirs - ours, tap, keep)
+        away = theirs - ours
+        routes = _routes(tap, batch)
+        if isinstance(tap.form, Routed) and routes is not None:
+            same = (routes == dense.values[tap.form.index]).flatten().to(self._device)
+            shape = [1] * away.ndim
+            shape[tap.form.along] = len(same)
+            away = away * same.reshape(shape)
+        return read_rows(away, tap, keep, routes)
 
     def _share_out(self) -> list[_Job]:
         """Return the jobs, the largest first, none larger than a worker's fair share."""
@@ -301,6 +313,27 @@ def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
         space = output_space(tuple(x.shape[2:]), tap.form)
         return tuple(r.shape) == (x.shape[0], other.features, *space)
     return tuple(r.shape) == (*x.shape[:-1], other.features)
+
+
+def _routes(tap: Tap, batch: Batch) -> torch.Tensor | None:
+    """Return what deals the rows of a tap out; None where all matrices meet all rows."""
+    return batch.values[tap.form.index] if isinstance(tap.form, Routed) else None
+
+
+def _shares(activation: torch.Tensor, tap: Tap, index: torch.Tensor) -> torch.Tensor:
+    """Return how many rows each matrix meets, `(groups,)`."""
+    assert isinstance(tap.form, Routed), "only their rows are dealt out"
+    counts = torch.bincount(dealt(index, tap.form), minlength=tap.groups)
+    return counts * (activation.numel() // max(1, index.numel() * tap.features))
+
+
+def _first(
+    chunks: Iterator[_Chunk], shares: torch.Tensor | None
+) -> Iterator[tuple[_Chunk, torch.Tensor | None]]:
+    """Yield all chunks of a batch, its shares with the first and zeros with the others."""
+    for chunk in chunks:
+        yield chunk, shares
+        shares = None if shares is None else torch.zeros_like(shares)
 
 
 def _in_step(

@@ -52,7 +52,10 @@ class Recall:
                 for tap, new in known.items():
                     old = _read(held, tap)
                     weighed = dataclasses.replace(
-                        old, rows=round(self.factor * old.rows), weight=self.factor * old.weight
+                        old,
+                        rows=round(self.factor * old.rows),
+                        weight=self.factor * old.weight,
+                        shares=None if old.shares is None else self.factor * old.shares,
                     )
                     hessians[tap] = combine([new, weighed])
                 for pair, cross in measured.residuals.items():
@@ -75,6 +78,8 @@ def _write(path: Path, hessians: dict[Any, Hessian], residuals: dict[Any, Cross]
         tensors[_key(tap, "rows")] = torch.tensor(item.rows)
         tensors[_key(tap, "weight")] = torch.tensor(item.weight, dtype=torch.float64)
         tensors[_key(tap, "matrix")], tensors[_key(tap, "mean")] = item.matrix, item.mean
+        if item.shares is not None:
+            tensors[_key(tap, "shares")] = item.shares
     crosses = {tap: item.drift for tap, item in hessians.items() if item.drift} | residuals
     for left, cross in crosses.items():
         tensors[_key(left, "cross")], tensors[_key(left, "cross mean")] = cross.matrix, cross.mean
@@ -86,7 +91,8 @@ def _read(held: Any, tap: Hashable) -> Hessian:
     matrix, mean = (held.get_tensor(_key(tap, what)) for what in ("matrix", "mean"))
     rows = int(held.get_tensor(_key(tap, "rows")))
     weight = float(held.get_tensor(_key(tap, "weight")))
-    return Hessian(matrix, rows, weight, mean, _read_cross(held, tap))
+    shares = held.get_tensor(_key(tap, "shares")) if _held(held, tap, "shares") else None
+    return Hessian(matrix, rows, weight, mean, _read_cross(held, tap), shares)
 
 
 def _read_cross(held: Any, left: Hashable) -> Cross | None:

@@ -21,7 +21,7 @@ import torch
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
-from iobs_onnx.passes import find_sites, load_model, model_hash, require_opset
+from iobs_onnx.passes import count_parameters, find_sites, load_model, model_hash, require_opset
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
 from iobs_onnx.pruning.distil.stage import DistilModel, require_distillable
 from iobs_onnx.pruning.finish import Finish
@@ -153,6 +153,7 @@ def prune(
             ),
             sites=[item.report(site) for site, item in final.sites.items()],
             declined=[*chosen.declined, *_left_dense(run, rounded.pruned, final)],
+            parameters=count_parameters(dense),
             deployment=written.deployment,
             permutations=permutations,
             allocation=allocation.as_list(),
