@@ -153,7 +153,7 @@ def prune(
             ),
             sites=[item.report(site) for site, item in final.sites.items()],
             declined=[*chosen.declined, *_left_dense(run, rounded.pruned, final)],
-            parameters=count_parameters(dense),
+            parameters=count_parameters(dense, chosen.sites),
             deployment=written.deployment,
             permutations=permutations,
             allocation=allocation.as_list(),

@@ -44,8 +44,9 @@ def totals_of(sites: Sequence[SiteReport], declined: int, parameters: int) -> di
         declined: how many candidates were.
         parameters: numbers that the dense model stores.
     """
-    weights = {site.initializer: math.prod(site.shape) for site in sites}
-    zeros = sum(round(site.sparsity * math.prod(site.shape)) for site in sites)
+    # A packed weight has more inputs than its tensor has bytes.
+    weights = {s.initializer: s.groups * s.out_features * s.in_features for s in sites}
+    zeros = sum(round(site.sparsity * weights[site.initializer]) for site in sites)
     return {
         "sites": len(sites),
         "declined": declined,

@@ -18,7 +18,7 @@ from iobs_onnx.passes.sites.candidates import PRUNABLE_DTYPES, Candidate, find_c
 from iobs_onnx.passes.sites.out_of_reach import out_of_reach
 from iobs_onnx.passes.sites.value_preserving import INTEGERS, Path
 from iobs_onnx.passes.taps.bodies import Bodies
-from iobs_onnx.site import Candidates, Declined, Quantized, Routed, Site, Stacked, Tap
+from iobs_onnx.site import Candidates, Declined, Packed, Quantized, Routed, Site, Stacked, Tap
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Uses:
     """How the nodes of a site multiply by its tensor, and what its integers stand for."""
 
     described: list[tuple[ir.Node, Use]]
-    quantized: Quantized | None
+    quantized: Quantized | Packed | None
 
 
 _WANTED = "only floats, and integers behind DequantizeLinear, are pruned"
@@ -127,7 +127,7 @@ def _uses(source: ir.Value, tensor: ir.TensorProtocol, known: _Known) -> _Uses |
     """Describe every reader by the layout of the stored tensor, or say what forbids pruning."""
     found = list(readers.readings(source, tensor))
     uses: list[tuple[ir.Node, Use]] = []
-    grids: dict[Quantized | None, None] = {}
+    grids: dict[Quantized | Packed | None, None] = {}
     for reading in found:
         if (reason := _foreign(reading, known)) is not None:
             return reason
@@ -140,7 +140,7 @@ def _uses(source: ir.Value, tensor: ir.TensorProtocol, known: _Known) -> _Uses |
         if isinstance(use, str):
             return use if len(found) == 1 else f"shared, and at {_called(node)}: {use}"
         uses.append((node, use))
-        grids[reading.path.quantized] = None
+        grids[use.quantized or reading.path.quantized] = None
     first_node, first = uses[0]
     for node, use in uses:
         if use.matrices.simplest() != first.matrices.simplest():
@@ -153,9 +153,10 @@ def _uses(source: ir.Value, tensor: ir.TensorProtocol, known: _Known) -> _Uses |
 def _use(node: ir.Node, index: int, path: Path) -> Use | str:
     if (reason := unsupported(node)) is not None:
         return reason
-    if path.integer or path.grid is not None:
+    handler = OP_HANDLERS[node.domain, node.op_type]
+    if (path.integer or path.grid is not None) != handler.packed:
         return f"an integer at the node that multiplies by it: {_WANTED}"
-    use = OP_HANDLERS[node.domain, node.op_type].describe(node, index, path.layout)
+    use = handler.describe(node, index, path.layout)
     if isinstance(use, str):
         return use
     if path.picked is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -10,7 +11,10 @@ from iobs_onnx.passes.graph.tensors import slots
 from iobs_onnx.passes.sites import readers
 from iobs_onnx.passes.sites.candidates import PRUNABLE_DTYPES
 from iobs_onnx.passes.sites.value_preserving import INTEGERS
-from iobs_onnx.site import Candidates, Other
+from iobs_onnx.site import Candidates, Other, Site
+
+# Where the scales and zero points of these begin among their inputs.
+_GRIDS = {"DequantizeLinear": 1, "GatherBlockQuantized": 2, "MatMulNBits": 2, "QuantizeLinear": 1}
 
 
 def find_others(model: ir.Model, found: Candidates) -> tuple[Other, ...]:
@@ -27,16 +31,22 @@ def find_others(model: ir.Model, found: Candidates) -> tuple[Other, ...]:
     )
 
 
-def count_parameters(model: ir.Model) -> int:
-    """Return how many numbers a model stores in its tensors."""
-    return sum(math.prod(slot.tensor.shape.numpy()) for slot in slots(model))
+def count_parameters(model: ir.Model, sites: Iterable[Site]) -> int:
+    """Return how many numbers a model stores in its tensors; of sites, those that are packed."""
+    stored = sum(math.prod(slot.tensor.shape.numpy()) for slot in slots(model))
+    return stored + sum(
+        site.groups * site.out_features * site.in_features - math.prod(site.shape) for site in sites
+    )
 
 
 def _other(value: ir.Value, tensor: ir.TensorProtocol) -> Other:
     shape = tuple(tensor.shape.numpy())
     matrix = sum(size > 1 for size in shape) > 1
+    found = list(readers.readings(value, tensor)) if matrix else []
     if not matrix:
         reason = "not a matrix"
+    elif found and all(_is_grid(reading) for reading in found):
+        reason, matrix = "scales or zero points", False
     elif tensor.dtype not in PRUNABLE_DTYPES | INTEGERS:
         reason = f"dtype {tensor.dtype.name}: not a weight"
         matrix = False
@@ -44,9 +54,15 @@ def _other(value: ir.Value, tensor: ir.TensorProtocol) -> Other:
         operators = sorted(
             {
                 "the graph's output" if reading.node is None else reading.node.op_type
-                for reading in readers.readings(value, tensor)
+                for reading in found
             }
         )
         read = f"read by {', '.join(operators)}" if operators else "nothing reads it"
         reason = f"{read}: no product is known to multiply by it"
     return Other(value.name or "", shape, reason, matrix)
+
+
+def _is_grid(reading: readers.Reading) -> bool:
+    """Whether a reader takes a tensor for scales or zero points."""
+    node = reading.node
+    return node is not None and reading.index >= _GRIDS.get(node.op_type, math.inf)
