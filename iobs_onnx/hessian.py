@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -47,6 +47,8 @@ class Hessian:
         weight: how much these rows weigh together; `rows` where each counts once.
         mean: mean of the rows of `X_s`, float32, `(groups, in)`.
         drift: `C − H = (X_d − X_s)ᵀX_s / n`; None where `X_d` is `X_s`.
+        shares: how the rows fall to the groups where they are dealt out to them, `(groups,)`
+            float64, of which `rows` is then the sum; None where all groups have all rows.
     """
 
     matrix: torch.Tensor
@@ -54,6 +56,12 @@ class Hessian:
     weight: float
     mean: torch.Tensor
     drift: Cross | None = None
+    shares: torch.Tensor | None = None
+
+    @property
+    def thin_groups(self) -> int:
+        """Number of groups that fewer rows were dealt to than they have inputs."""
+        return 0 if self.shares is None else int((self.shares < self.matrix.shape[-1]).sum())
 
 
 def combine(hessians: Sequence[Hessian]) -> Hessian:
@@ -63,13 +71,30 @@ def combine(hessians: Sequence[Hessian]) -> Hessian:
     weight = sum(hessian.weight for hessian in hessians)
     shares = [hessian.weight / weight for hessian in hessians]
     drifts = [(h.drift, share) for h, share in zip(hessians, shares, strict=True) if h.drift]
+    dealt = [hessian.shares for hessian in hessians if hessian.shares is not None]
     return Hessian(
         _weighted([hessian.matrix for hessian in hessians], shares),
         sum(hessian.rows for hessian in hessians),
         weight,
         _weighted([hessian.mean for hessian in hessians], shares),
         mix(*zip(*drifts, strict=True)) if drifts else None,
+        torch.stack(dealt).sum(0) if dealt else None,
     )
+
+
+def filled(hessian: Hessian) -> Hessian:
+    """Give groups that few rows were dealt to a floor: rows of the kind that all groups have.
+
+    A group with fewer rows than inputs gets the mean of all rows' `xxᵀ` as often as rows are
+    missing, so that its inputs are told apart. Others stay as they are.
+    """
+    if hessian.shares is None:
+        return hessian
+    inputs = hessian.matrix.shape[-1]
+    lacking = (inputs - hessian.shares).clamp(min=0) / hessian.rows
+    floor = hessian.matrix.sum(0)
+    missing = lacking.to(hessian.matrix)[:, None, None]
+    return replace(hessian, matrix=hessian.matrix + missing * floor)
 
 
 def mix(crosses: Sequence[Cross], shares: Sequence[float]) -> Cross:
@@ -168,6 +193,7 @@ class _Sums:
         self._device = torch.device(device)
         self._weight = 0.0
         self._sum = torch.zeros(groups, features, dtype=torch.float64, device=self._device)
+        self._shares: torch.Tensor | None = None
         self._strips: list[_Strip] = []
 
     def merge(self, other: Self) -> None:
@@ -178,6 +204,8 @@ class _Sums:
         self.rows += other.rows
         self._weight += other._weight
         self._sum += other._sum.to(self._device)
+        if other._shares is not None:
+            self._shares = other._shares + (0 if self._shares is None else self._shares)
         for strip, more in zip(self._strips, other._strips, strict=True):
             strip.merge(more)
 
@@ -189,9 +217,12 @@ class _Sums:
     def _shaped(self, rows: torch.Tensor, features: int) -> torch.Tensor:
         return rows.to(self._device, torch.float32).reshape(self.groups, -1, features)
 
-    def _count(self, rows: torch.Tensor, weight: float) -> None:
-        self.rows += rows.shape[1]
-        self._weight += weight * rows.shape[1]
+    def _count(self, rows: torch.Tensor, weight: float, shares: torch.Tensor | None) -> None:
+        count = rows.shape[1] if shares is None else int(shares.sum())
+        self.rows += count
+        self._weight += weight * count
+        if shares is not None:
+            self._shares = shares.double().cpu() + (0 if self._shares is None else self._shares)
         self._sum.add_(rows.sum(1, dtype=torch.float64), alpha=weight)
 
     def _require_rows(self) -> None:
@@ -222,16 +253,25 @@ class GramAccumulator(_Sums):
             self._strips.append(_Strip(start, start, torch.zeros(size, device=self._device)))
 
     def add(
-        self, rows: torch.Tensor, weight: float = 1.0, *, part: int = 0, parts: int = 1
+        self,
+        rows: torch.Tensor,
+        weight: float = 1.0,
+        *,
+        shares: torch.Tensor | None = None,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         """Add rows, `(groups, n, in)` or, with one group, `(n, in)`, each counting `weight` times.
+
+        `shares`, `(groups,)` integers, says how many of them are rows where the others are zeros
+        that only fill a group up; None where all are.
 
         With `parts` > 1 only share `part` of the matrix is updated: threads may add the same rows
         at the same time, each its own part. All parts must see all rows.
         """
         rows = self._shaped(rows, self.features)
         if part == 0:
-            self._count(rows, weight)
+            self._count(rows, weight, shares)
         scaled = rows if weight == 1.0 else rows * weight**0.5
         for strip in self._strips[part::parts]:
             strip.add(scaled, scaled)
@@ -257,7 +297,7 @@ class GramAccumulator(_Sums):
             matrix[:, start:stop, stop:] = mean[..., stop - start :]
             matrix[:, stop:, start:stop] = mean[..., stop - start :].mT
         mean = (self._sum / self._weight).float()
-        return Hessian(matrix, self.rows, self._weight, mean)
+        return Hessian(matrix, self.rows, self._weight, mean, shares=self._shares)
 
 
 class CrossAccumulator(_Sums):
@@ -285,13 +325,14 @@ class CrossAccumulator(_Sums):
         rows: torch.Tensor,
         weight: float = 1.0,
         *,
+        shares: torch.Tensor | None = None,
         part: int = 0,
         parts: int = 1,
     ) -> None:
         """Add as many rows of `L` as of `X`; see :meth:`GramAccumulator.add`."""
         left = self._shaped(left, self.features)
         if part == 0:
-            self._count(left, weight)
+            self._count(left, weight, shares)
         scaled = left if weight == 1.0 else left * weight
         for strip in self._strips[part::parts]:
             strip.add(scaled, self._shaped(rows, self._right))

@@ -14,31 +14,34 @@ from iobs_onnx.passes import (
     Sequential,
     eligibility_2_4,
     engines_2_4,
+    find_others,
     find_sites,
     load_model,
     partition,
     prepare,
 )
-from iobs_onnx.site import Declined, Site
+from iobs_onnx.site import Declined, Other, Site
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sites and the declined candidates of a model, in graph order."""
+    """All that a model stores: sites, declined candidates, and what is no candidate."""
 
     sites: tuple[Site, ...]
     declined: tuple[Declined, ...]
+    others: tuple[Other, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return JSON types: `sites` and `declined`, each a list of objects."""
+        """Return JSON types: `sites`, `declined` and `others`, each a list of objects."""
         return {
             "sites": [describe(site) for site in self.sites],
             "declined": [describe_declined(item) for item in self.declined],
+            "others": [dataclasses.asdict(item) for item in self.others],
         }
 
 
 def inspect(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Inspection:
-    """Find every candidate weight of a model.
+    """Find every candidate weight of a model, and name what else it stores.
 
     Args:
         model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
@@ -46,8 +49,9 @@ def inspect(model: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Inspe
     Raises:
         ModelError: the model cannot be read.
     """
-    found = find_sites(load_model(model))
-    return Inspection(found.sites, found.declined)
+    own = load_model(model)
+    found = find_sites(own)
+    return Inspection(found.sites, found.declined, find_others(own, found))
 
 
 def inspect_segments(

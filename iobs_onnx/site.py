@@ -122,7 +122,30 @@ class PreviousStates:
         return "one step before"
 
 
-RowForm: TypeAlias = Rows | Stacked | Patches | TransposedPatches | PreviousStates
+@dataclass(frozen=True)
+class Routed:
+    """Rows of several regressions, dealt out by an index: tokens to experts.
+
+    `index` names a value that holds one integer for each place along the axis `along`: the matrix
+    that meets this place. A row is the vector along `feature` there; axes are negative. A place
+    may be negative, as in ONNX, and then counts from the last matrix.
+    """
+
+    feature: int
+    along: int
+    matrices: int
+    index: str
+
+    @property
+    def groups(self) -> int:
+        """Number of regressions."""
+        return self.matrices
+
+    def __str__(self) -> str:
+        return f"axis {self.feature}, dealt out to {self.matrices} matrices by {self.index}"
+
+
+RowForm: TypeAlias = Rows | Stacked | Patches | TransposedPatches | PreviousStates | Routed
 
 
 @dataclass(frozen=True)
@@ -141,6 +164,11 @@ class Tap:
     def groups(self) -> int:
         """Number of independent Hessians this tap yields."""
         return self.form.groups
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """All that has to be fetched: the activation, and what deals its rows out."""
+        return (self.value, self.form.index) if isinstance(self.form, Routed) else (self.value,)
 
     @property
     def label(self) -> str:
@@ -188,6 +216,99 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The grid of a weight `(out, in)` as com.microsoft MatMulNBits packs it.
+
+    The stored tensor is `(out, blocks, bytes)`, uint8. A byte holds `8 / bits` integers, the first
+    in its lowest bits. Each block of an output has a scale and a zero point of its own, and stands
+    for `(integer - zero_point) * scale`; what fills the last block up counts for nothing.
+
+    `scales`, float32, and `zeros`, uint8, are the bytes of arrays `(out, blocks)`: millions of
+    numbers, which are to be hashed once.
+    """
+
+    bits: int
+    block: int
+    columns: int
+    scales: bytes
+    zeros: bytes
+
+    @classmethod
+    def of(
+        cls,
+        bits: int,
+        block: int,
+        columns: int,
+        scales: NDArray[np.generic],
+        zeros: NDArray[np.generic] | None,
+    ) -> Packed | None:
+        """Return the grid; None where scales are not finite, or zero points no integers of it.
+
+        Args:
+            bits, block, columns: as above; `columns` is the number of inputs.
+            scales: `(out, blocks)`.
+            zeros: packed, `(out, bytes)`, or one number a block, `(out, blocks)`, of a floating
+                type; None for half the range.
+        """
+        outputs, blocks = scales.shape
+        if zeros is None:
+            points = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+        elif zeros.dtype == np.uint8:
+            points = _unpacked(zeros.reshape(outputs, -1), bits)[:, :blocks]
+        else:
+            points = zeros.reshape(scales.shape).astype(np.float32).round().astype(np.uint8)
+            if (points != zeros.reshape(scales.shape)).any() or (points >> bits).any():
+                return None
+        if not np.isfinite(scales.astype(np.float32)).all():
+            return None
+        wide = scales.astype(np.float32)
+        return cls(bits, block, columns, wide.tobytes(), np.ascontiguousarray(points).tobytes())
+
+    @property
+    def zero_point(self) -> tuple[int, ...]:
+        """The zero points that occur."""
+        return tuple(sorted(set(self.zeros)))
+
+    def dequantize(self, stored: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Return the numbers `(out, in)` that a stored tensor stands for, float32."""
+        scale, zero = self._grid(len(stored))
+        codes = _unpacked(stored.reshape(len(stored), -1), self.bits)
+        return ((codes.astype(np.float32) - zero) * scale)[:, : self.columns]
+
+    def quantize(
+        self, real: NDArray[np.float32], dtype: np.dtype[np.generic]
+    ) -> NDArray[np.generic]:
+        """Return the nearest stored tensor of `dtype`, uint8; ends of the range saturate."""
+        scale, zero = self._grid(len(real))
+        steps = np.zeros_like(scale)
+        # A block of scale 0 stands for zeros, whatever is stored.
+        np.divide(
+            real,
+            scale[:, : self.columns],
+            out=steps[:, : self.columns],
+            where=scale[:, : self.columns] != 0,
+        )
+        codes = np.clip(np.rint(steps) + zero, 0, (1 << self.bits) - 1).astype(np.uint8)
+        parts = codes.reshape(len(real), -1, 8 // self.bits)
+        shifts = np.arange(0, 8, self.bits, dtype=np.uint8)
+        packed = np.bitwise_or.reduce(parts << shifts, axis=-1)
+        return packed.reshape(len(real), -1, self.block * self.bits // 8).astype(dtype)
+
+    def _grid(self, outputs: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return scale and zero point of every stored integer, `(out, blocks * block)`."""
+        scale = np.frombuffer(self.scales, np.float32).reshape(outputs, -1)
+        zero = np.frombuffer(self.zeros, np.uint8).reshape(outputs, -1).astype(np.float32)
+        return scale.repeat(self.block, axis=1), zero.repeat(self.block, axis=1)
+
+
+def _unpacked(stored: NDArray[np.generic], bits: int) -> NDArray[np.uint8]:
+    """Return the integers of packed rows, `(rows, bytes * 8 / bits)`."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (stored.astype(np.uint8)[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(len(stored), -1)
+
+
+@dataclass(frozen=True)
 class Site:
     """One prunable weight.
 
@@ -207,7 +328,8 @@ class Site:
         groups, out_features, in_features: sizes of `W`; `out` and `in` are per group.
         taps: the activations that meet this weight; their Hessians are summed.
         view: the shape in which `perm` reads the stored tensor; None for its own.
-        quantized: what the integers of the stored tensor stand for; None for floats.
+        quantized: what the integers of the stored tensor stand for; None for floats. With a
+            :class:`Packed` grid the view is of `(out, in)`.
     """
 
     name: str
@@ -223,7 +345,7 @@ class Site:
     in_features: int
     taps: tuple[Tap, ...]
     view: tuple[int, ...] | None = None
-    quantized: Quantized | None = None
+    quantized: Quantized | Packed | None = None
 
     @property
     def run(self) -> int:
@@ -249,7 +371,10 @@ class Site:
     ) -> NDArray[np.generic]:
         """Return `W`, `(groups, out, in)`, in the stored shape and `dtype`; zeros stay zeros."""
         moved = matrices.reshape([self._view[axis] for axis in self.perm])
-        real = moved.transpose(np.argsort(self.perm)).reshape(self.shape)
+        moved = moved.transpose(np.argsort(self.perm))
+        if isinstance(self.quantized, Packed):
+            return self.quantized.quantize(moved, dtype)
+        real = moved.reshape(self.shape)
         if self.quantized is None:
             return np.ascontiguousarray(real.astype(dtype))
         return np.ascontiguousarray(self.quantized.quantize(real, dtype))
@@ -265,6 +390,16 @@ class Declined:
     initializer: str
     shape: tuple[int, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class Other:
+    """A stored tensor that is no candidate, and why; `matrix` says whether it could be a weight."""
+
+    initializer: str
+    shape: tuple[int, ...]
+    reason: str
+    matrix: bool
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from iobs_onnx.passes.files.place import Place, place_of
 from iobs_onnx.passes.files.sizes import Sizes, model_sizes
 from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.sites.find_sites import find_sites
+from iobs_onnx.passes.sites.others import count_parameters, find_others
 from iobs_onnx.passes.sites.out_of_reach import outputs_out_of_reach
 from iobs_onnx.passes.sites.positions import find_positions
 from iobs_onnx.passes.sites.token_input import find_token_input
@@ -66,10 +67,12 @@ __all__ = [
     "channel_axis",
     "check_model",
     "check_pattern",
+    "count_parameters",
     "deployment_warnings",
     "eligibility_2_4",
     "engines_2_4",
     "find_chains",
+    "find_others",
     "find_positions",
     "find_sites",
     "find_surroundings",

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import TypeVar
 
 import torch
 
@@ -25,9 +26,11 @@ from iobs_onnx.hessian import (
     exact_float32,
 )
 from iobs_onnx.runtime.geometry import output_space
-from iobs_onnx.runtime.rows import read_rows
+from iobs_onnx.runtime.rows import dealt, read_rows
 from iobs_onnx.runtime.stream import Batch
-from iobs_onnx.site import Patches, Rows, Tap
+from iobs_onnx.site import Patches, Routed, Rows, Tap
+
+_Chunk = TypeVar("_Chunk")
 
 
 @dataclass(frozen=True)
@@ -230,18 +233,20 @@ class _Collector:
         def work(job: _Job) -> None:
             tap, share = job.tap, {"part": job.part, "parts": job.parts}
             activation = batch.values[tap.value].to(self._device)
-            rows = read_rows(activation, tap, keeps[tap])
+            routes = _routes(tap, batch)
+            rows = read_rows(activation, tap, keeps[tap], routes)
+            shares = None if routes is None else _shares(activation, tap, routes)
             if job.left is None:
-                for chunk in rows:
-                    self.sums.grams[tap].add(chunk, batch.weight, **share)
+                for chunk, here in _first(rows, shares):
+                    self.sums.grams[tap].add(chunk, batch.weight, shares=here, **share)
                 if not self.sums.grams[tap].finite(job.part, job.parts):
                     raise DataError(_not_finite(activation, tap, index))
                 return
             sums = self.sums.drifts[tap] if job.left is tap else self.sums.beside[tap, job.left]
             with away.of(job.left) as difference:
-                lefts = read_rows(difference, job.left, keeps[tap])
-                for left, chunk in _in_step(lefts, rows):
-                    sums.add(left, chunk, batch.weight, **share)
+                lefts = read_rows(difference, job.left, keeps[tap], _routes(job.left, batch))
+                for (left, chunk), here in _first(_in_step(lefts, rows), shares):
+                    sums.add(left, chunk, batch.weight, shares=here, **share)
 
         for _ in self._pool.map(work, self._jobs):
             pass
@@ -325,7 +330,15 @@ class _Away:
                 f"{tuple(theirs.shape)} in the dense one: its size depends on the data; "
                 "use target layer"
             )
-        return theirs - ours
+        away = theirs - ours
+        if isinstance(tap.form, Routed):
+            # Where each model chose a matrix of its own, the difference counts as 0.
+            chosen = (each.values[tap.form.index] for each in (self._batch, self._dense))
+            same = torch.eq(*chosen).flatten().to(self._device)
+            shape = [1] * away.ndim
+            shape[tap.form.along] = len(same)
+            away = away * same.reshape(shape)
+        return away
 
 
 def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
@@ -335,6 +348,27 @@ def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
         space = output_space(tuple(x.shape[2:]), tap.form)
         return tuple(r.shape) == (x.shape[0], other.features, *space)
     return tuple(r.shape) == (*x.shape[:-1], other.features)
+
+
+def _routes(tap: Tap, batch: Batch) -> torch.Tensor | None:
+    """Return what deals the rows of a tap out; None where all matrices meet all rows."""
+    return batch.values[tap.form.index] if isinstance(tap.form, Routed) else None
+
+
+def _shares(activation: torch.Tensor, tap: Tap, index: torch.Tensor) -> torch.Tensor:
+    """Return how many rows each matrix meets, `(groups,)`."""
+    assert isinstance(tap.form, Routed), "only their rows are dealt out"
+    counts = torch.bincount(dealt(index, tap.form), minlength=tap.groups)
+    return counts * (activation.numel() // max(1, index.numel() * tap.features))
+
+
+def _first(
+    chunks: Iterator[_Chunk], shares: torch.Tensor | None
+) -> Iterator[tuple[_Chunk, torch.Tensor | None]]:
+    """Yield all chunks of a batch, its shares with the first and zeros with the others."""
+    for chunk in chunks:
+        yield chunk, shares
+        shares = None if shares is None else torch.zeros_like(shares)
 
 
 def _in_step(

@@ -10,14 +10,17 @@ from torch.nn.functional import pad
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.runtime.geometry import padding, span, transposed_padding
-from iobs_onnx.site import Patches, PreviousStates, Rows, Stacked, Tap, TransposedPatches
+from iobs_onnx.site import Patches, PreviousStates, Routed, Rows, Stacked, Tap, TransposedPatches
 
 # Patches repeat each input value once for each kernel position; they are made in chunks of this.
 _CHUNK_BYTES = 64 << 20
 
 
 def read_rows(
-    activation: torch.Tensor, tap: Tap, keep: torch.Tensor | None
+    activation: torch.Tensor,
+    tap: Tap,
+    keep: torch.Tensor | None,
+    index: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the rows `(groups, n, features)` of a tap, float32, in chunks of bounded size.
 
@@ -29,6 +32,8 @@ def read_rows(
         tap: how to read it.
         keep: boolean mask over the leading axes of `activation`, True where a position is
             not padding; None to keep all. Only for `Rows(-1)`.
+        index: for `Routed`, the group of each place. Groups have as many rows as the fullest, and
+            zeros where theirs end, which no sum of products sees.
 
     Raises:
         ModelError: the activation does not have the shape that the tap's weight multiplies.
@@ -48,6 +53,9 @@ def read_rows(
                 yield _previous_states(step, tap, form)
         case Stacked():
             yield _stacked(activation, tap, form)
+        case Routed():
+            assert index is not None, "it is fetched with the activation"
+            yield from _routed(activation, tap, form, index)
         case Rows():
             yield _vectors(activation, tap, form, keep)
 
@@ -90,6 +98,37 @@ def _stacked(activation: torch.Tensor, tap: Tap, form: Stacked) -> torch.Tensor:
     moved = array.permute(*batch, *rows, *features).float()
     moved = moved.reshape(*found, -1, tap.features)
     return moved.expand(*form.sizes, -1, -1).reshape(tap.groups, -1, tap.features)
+
+
+def dealt(index: torch.Tensor, form: Routed) -> torch.Tensor:
+    """Return the group of each place, `0 ... groups - 1`, one-dimensional."""
+    flat = index.flatten().long()
+    return torch.where(flat < 0, flat + form.matrices, flat)
+
+
+def _routed(
+    activation: torch.Tensor, tap: Tap, form: Routed, index: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    wanted = f"{tap.features} features along axis {form.feature} at each of {index.numel()} places"
+    rank = activation.ndim
+    if not all(-rank <= axis for axis in (form.feature, form.along)) or (
+        activation.shape[form.feature],
+        activation.shape[form.along],
+    ) != (tap.features, index.numel()):
+        raise _misfit(activation, tap, wanted)
+    places = activation.movedim((form.along, form.feature), (0, -1)).float()
+    places = places.reshape(len(places), -1, tap.features)
+    size = max(1, _CHUNK_BYTES // (4 * form.groups * places.shape[1] * tap.features))
+    groups = dealt(index, form).to(activation.device)
+    for rows, group in zip(places.split(size), groups.split(size), strict=True):
+        counts = torch.bincount(group, minlength=form.groups)
+        order = group.argsort(stable=True)
+        # The place of a row among those of its group.
+        rank_in = torch.arange(len(order), device=order.device)
+        rank_in = rank_in - (counts.cumsum(0) - counts)[group[order]]
+        table = rows.new_zeros((form.groups, int(counts.max()), *rows.shape[1:]))
+        table[group[order], rank_in] = rows[order]
+        yield table.reshape(form.groups, -1, tap.features)
 
 
 def _previous_states(activation: torch.Tensor, tap: Tap, form: PreviousStates) -> torch.Tensor:

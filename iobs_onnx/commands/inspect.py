@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from iobs_onnx.config import PruneConfig
 from iobs_onnx.config.checks import parse_bytes
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from iobs_onnx.inspection import Inspection
@@ -60,7 +62,19 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(_sites_table(found))
     if found.declined:
         console.print(declined_table(found.as_dict()["declined"]))
+    _print_others(console, found)
     return 0
+
+
+def _print_others(console: Console, found: Inspection) -> None:
+    """Name what else could hold weights, and say how much the rest comes to."""
+    for item in found.others:
+        if item.matrix:
+            shape = " × ".join(map(str, item.shape))
+            console.print(f"{item.initializer} ({shape}): {item.reason}", soft_wrap=True)
+    rest = [math.prod(item.shape) for item in found.others if not item.matrix]
+    if rest:
+        console.print(f"{len(rest)} more tensors, {sum(rest):,} numbers, are no weight matrices")
 
 
 def _sites_table(found: Inspection) -> Table:

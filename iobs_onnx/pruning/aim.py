@@ -59,6 +59,7 @@ def centred(hessian: Hessian, share: float) -> Hessian:
         None
         if drift is None
         else Cross(drift.matrix - share * _outer(drift.mean, mean), drift.mean),
+        hessian.shares,
     )
 
 

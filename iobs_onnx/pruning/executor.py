@@ -83,7 +83,7 @@ class Shard:
     ) -> Sums:
         """Sum the products of taps; advance the streams that need no new weights."""
         again = self._again(segment)
-        fetch = tuple(dict.fromkeys(tap.value for tap in (*taps, *(tap for _, tap in beside))))
+        fetch = tuple(dict.fromkeys(n for t in (*taps, *(t for _, t in beside)) for n in t.values))
         alive = {*segment.alive, *segment.inputs} if again else set(segment.alive)
 
         def run(model: ir.Model, through: Stream, keep: Sequence[str]) -> Iterator[Batch]:

@@ -55,7 +55,10 @@ class Recall:
             for tap, new in known.items():
                 old = before.hessian(tap, new.matrix.device)
                 weighed = dataclasses.replace(
-                    old, rows=round(self.factor * old.rows), weight=self.factor * old.weight
+                    old,
+                    rows=round(self.factor * old.rows),
+                    weight=self.factor * old.weight,
+                    shares=None if old.shares is None else self.factor * old.shares,
                 )
                 hessians[tap] = combine([new, weighed])
             for pair, cross in measured.residuals.items():
@@ -87,7 +90,9 @@ class _Held:
     def hessian(self, tap: Hashable, device: torch.device) -> Hessian:
         rows, weight = self.facts[repr(tap)]
         matrix, mean = (self._tensor(tap, what, device) for what in ("matrix", "mean"))
-        return Hessian(matrix, rows, weight, mean, self.cross(tap, device))
+        known = _key(tap, "shares") in self.tensors
+        shares = self._tensor(tap, "shares", device) if known else None
+        return Hessian(matrix, rows, weight, mean, self.cross(tap, device), shares)
 
     def cross(self, left: Hashable, device: torch.device) -> Cross | None:
         """Return it, or None where that round had none: the two streams were the same."""
@@ -105,6 +110,8 @@ def _as_tensors(
     tensors = {}
     for tap, item in hessians.items():
         tensors[_key(tap, "matrix")], tensors[_key(tap, "mean")] = item.matrix, item.mean
+        if item.shares is not None:
+            tensors[_key(tap, "shares")] = item.shares
     crosses = {tap: item.drift for tap, item in hessians.items() if item.drift} | dict(residuals)
     for left, cross in crosses.items():
         tensors[_key(left, "cross")], tensors[_key(left, "cross mean")] = cross.matrix, cross.mean

@@ -22,6 +22,7 @@ from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.passes import (
+    count_parameters,
     find_sites,
     load_model,
     locked,
@@ -179,6 +180,7 @@ def _prune(
             ),
             sites=[item.report(site) for site, item in final.sites.items()],
             declined=[*chosen.declined, *_left_dense(run, rounded.pruned, final)],
+            parameters=count_parameters(dense, chosen.sites),
             deployment=written.deployment,
             permutations=permutations,
             allocation=allocation.as_list(),

@@ -55,6 +55,7 @@ class Measurements:
         bias_compensated: whether the bias makes up for a part of the mean error.
         rows: tokens or patches in the Hessian.
         dead_inputs: inputs that were zero in every row.
+        thin_groups: matrices that met fewer rows than they have inputs, where rows are dealt out.
         seconds: share of the time to solve the sites that were solved together.
     """
 
@@ -67,6 +68,7 @@ class Measurements:
     bias_compensated: bool
     rows: int
     dead_inputs: int
+    thin_groups: int
     seconds: float
 
     @property
@@ -91,6 +93,7 @@ class Measurements:
             compared_error=None if self.compared is None else self._relative(self.compared),
             rows=self.rows,
             dead_inputs=self.dead_inputs,
+            thin_groups=self.thin_groups,
             seconds=self.seconds,
         )
 

@@ -13,7 +13,7 @@ import torch
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import IobsError
-from iobs_onnx.hessian import Hessian, combine, dead_inputs
+from iobs_onnx.hessian import Hessian, combine, dead_inputs, filled
 from iobs_onnx.layer import Solution, solve_stacked
 from iobs_onnx.passes import Codes, Surroundings, why_not_integers
 from iobs_onnx.pruning.aim import Stored, Tensors, aim, centred, compensated_bias, matrices
@@ -50,7 +50,8 @@ class Solve:
             if not (reached := [work.hessians[tap] for tap in taps if tap in work.hessians]):
                 continue  # they are in a body that never ran
             tensors = {site: _tensors(site, work) for site in members}
-            problem = _Stacked(tensors, combine(reached), pattern, work.run.config)
+            hessian = filled(combine(reached))
+            problem = _Stacked(tensors, hessian, pattern, work.run.config)
             try:
                 solved |= problem.solved(work.run.device)
             except IobsError as error:
@@ -125,6 +126,7 @@ class _Stacked:
                 bias_compensated=self.biased and config.bias_compensation > 0,
                 rows=self.hessian.rows,
                 dead_inputs=int(dead_inputs(self.hessian.matrix).sum()),
+                thin_groups=self.hessian.thin_groups,
                 seconds=seconds * site.out_features / outputs,
             )
             bias = self._bias(site, dense[index], sparse)

@@ -22,7 +22,7 @@ from iobs_onnx.inspection import describe_declined
 from iobs_onnx.passes import replacing
 from iobs_onnx.report.schema import SCHEMA_VERSION
 from iobs_onnx.report.site_report import SiteReport
-from iobs_onnx.report.totals import too_few_rows, totals_of
+from iobs_onnx.report.totals import thin_groups, too_few_rows, totals_of
 from iobs_onnx.runtime import Data, OutputFidelity, Samples
 from iobs_onnx.site import Declined
 
@@ -171,6 +171,7 @@ def build_report(
     calibration: CalibrationRecord,
     sites: Sequence[SiteReport],
     declined: Sequence[Declined],
+    parameters: int,
     deployment: Mapping[str, Any],
     permutations: Sequence[Mapping[str, Any]],
     allocation: Sequence[Mapping[str, Any]],
@@ -189,11 +190,11 @@ def build_report(
         runtime=dict(runtime),
         options=config.as_dict(),
         calibration=dataclasses.replace(
-            calibration, notes=[*calibration.notes, *too_few_rows(sites)]
+            calibration, notes=[*calibration.notes, *too_few_rows(sites), *thin_groups(sites)]
         ),
         sites=list(sites),
         declined=[describe_declined(item) for item in declined],
-        totals=totals_of(sites, len(declined)),
+        totals=totals_of(sites, len(declined), parameters),
         deployment=dict(deployment),
         permutations=[dict(item) for item in permutations],
         allocation=[dict(item) for item in allocation],

@@ -31,6 +31,8 @@ class SiteReport:
         error_ratio: `layer_error / compared_error`.
         rows: tokens or patches in the Hessian.
         dead_inputs: inputs that were zero in every row.
+        thin_groups: matrices that met fewer rows than they have inputs, where an index deals rows
+            out to a stack of them (experts): rows of the kind that the others met fill them up.
         seconds: share of the time to solve the sites that were solved together.
         mask: a small picture of which weights are kept.
     """
@@ -60,6 +62,7 @@ class SiteReport:
     error_ratio: float | None
     rows: int
     dead_inputs: int
+    thin_groups: int
     seconds: float
     mask: MaskPicture
 
@@ -78,6 +81,7 @@ class SiteReport:
         compared_error: float | None,
         rows: int,
         dead_inputs: int,
+        thin_groups: int = 0,
         seconds: float,
     ) -> SiteReport:
         """Describe a solved site; `weight` holds the numbers that its stored tensor stands for."""
@@ -94,6 +98,7 @@ class SiteReport:
             error_ratio=layer_error / compared_error if compared_error else None,
             rows=rows,
             dead_inputs=dead_inputs,
+            thin_groups=thin_groups,
             seconds=seconds,
             mask=MaskPicture.of(weight),
         )

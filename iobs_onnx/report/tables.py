@@ -57,7 +57,8 @@ def _summary(report: PruneReport) -> list[RenderableType]:
     totals, calibration = report.totals, report.calibration
     lines = [
         f"{totals['zeros']:,} of {totals['weights']:,} weights are zero "
-        f"({totals['sparsity']:.1%}); geometric mean of layer errors "
+        f"({totals['sparsity']:.1%}), of the {totals['parameters']:,} numbers that the model "
+        f"stores {totals['zeros'] / totals['parameters']:.1%}; geometric mean of layer errors "
         f"{totals['layer_error_geomean']:.4g}"
     ]
     if totals["error_ratio_geomean"] is not None:

@@ -25,10 +25,28 @@ def too_few_rows(sites: Sequence[SiteReport]) -> list[str]:
     ]
 
 
-def totals_of(sites: Sequence[SiteReport], declined: int) -> dict[str, Any]:
-    """Return `totals` of `report.json`, of sites and of how many candidates were declined."""
-    weights = {site.initializer: math.prod(site.shape) for site in sites}
-    zeros = sum(round(site.sparsity * math.prod(site.shape)) for site in sites)
+def thin_groups(sites: Sequence[SiteReport]) -> list[str]:
+    """Say which stacks of matrices hold some that few rows were dealt to."""
+    return [
+        f"{site.thin_groups} of {site.groups} matrices of {site.name!r} met fewer rows than they "
+        f"have inputs ({site.in_features}), and rows of the kind that the others met fill their "
+        "Hessians up; calibrate on more samples"
+        for site in sites
+        if site.thin_groups
+    ]
+
+
+def totals_of(sites: Sequence[SiteReport], declined: int, parameters: int) -> dict[str, Any]:
+    """Return `totals` of `report.json`.
+
+    Args:
+        sites: those pruned.
+        declined: how many candidates were.
+        parameters: numbers that the dense model stores.
+    """
+    # A packed weight has more inputs than its tensor has bytes.
+    weights = {s.initializer: s.groups * s.out_features * s.in_features for s in sites}
+    zeros = sum(round(site.sparsity * weights[site.initializer]) for site in sites)
     return {
         "sites": len(sites),
         "declined": declined,
@@ -36,6 +54,7 @@ def totals_of(sites: Sequence[SiteReport], declined: int) -> dict[str, Any]:
         "weights": sum(weights.values()),
         "zeros": zeros,
         "sparsity": zeros / sum(weights.values()),
+        "parameters": parameters,
         "layer_error_geomean": geomean([site.layer_error for site in sites]),
         "nearest_error_geomean": geomean(
             [site.nearest_error for site in sites if site.nearest_error is not None]

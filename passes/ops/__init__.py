@@ -10,6 +10,7 @@ from iobs_onnx.passes.ops.conv_transpose import CONV_TRANSPOSE
 from iobs_onnx.passes.ops.einsum import EINSUM
 from iobs_onnx.passes.ops.gemm import FUSED_GEMM, GEMM
 from iobs_onnx.passes.ops.matmul import FUSED_MATMUL, GEMM_FAST_GELU, MATMUL
+from iobs_onnx.passes.ops.matmul_nbits import MATMUL_NBITS
 from iobs_onnx.passes.ops.recurrent import RECURRENT
 from iobs_onnx.passes.ops.use import Handler, Product, Unsupported, Use
 
@@ -33,6 +34,7 @@ OP_HANDLERS: dict[tuple[str, str], Handler] = {
     (_MS, "FusedMatMulActivation"): FUSED_MATMUL,
     (_MS, "TransposeMatMul"): FUSED_MATMUL,
     (_MS, "GemmFastGelu"): GEMM_FAST_GELU,
+    (_MS, "MatMulNBits"): MATMUL_NBITS,
     ("", "Gemm"): GEMM,
     (_MS, "FusedGemm"): FUSED_GEMM,
     ("", "Conv"): CONV,
@@ -67,7 +69,6 @@ UNSUPPORTED: dict[tuple[str, str], Unsupported] = {
     (_MS, "MatMulFpQ4"): Unsupported((1,), _PACKED),
     (_MS, "MatMulInteger16"): Unsupported((0, 1), _INTEGER),
     (_MS, "MatMulIntegerToFloat"): Unsupported((0, 1), _INTEGER),
-    (_MS, "MatMulNBits"): Unsupported((1,), _PACKED),
     (_MS, "MoE"): Unsupported((2, 4, 6), "routes tokens to its experts where no tap can read them"),
     (_MS, "NhwcConv"): Unsupported((1,), "lays out its weight as its execution provider likes"),
     (_MS, "QAttention"): Unsupported((1,), _INTEGER),

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes.graph.layout import Layout
-from iobs_onnx.site import RowForm
+from iobs_onnx.site import Packed, RowForm
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class Use:
     Attributes:
         reads: the activations that meet the weight.
         matrices: the operand as `W`: three axes, groups, outputs and inputs.
+        quantized: what the integers of an operand that the node itself unpacks stand for.
     """
 
     reads: tuple[Read, ...]
     matrices: Layout
+    quantized: Packed | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Handler:
             another order.
         no_kernel: why no known engine has 2:4 kernels for its weights, with `{op_type}` for its
             name; empty where they are treated as any matrix or convolution.
+        packed: whether the node reads integers and unpacks them itself.
     """
 
     operands: tuple[int, ...]
@@ -113,6 +116,7 @@ class Handler:
     expose: Callable[[ir.Node, Claim], None] | None = None
     free_outputs: bool = False
     no_kernel: str = ""
+    packed: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -18,7 +18,7 @@ from iobs_onnx.passes.sites.candidates import PRUNABLE_DTYPES, Candidate, find_c
 from iobs_onnx.passes.sites.out_of_reach import out_of_reach
 from iobs_onnx.passes.sites.value_preserving import INTEGERS, Path
 from iobs_onnx.passes.taps.bodies import Bodies
-from iobs_onnx.site import Candidates, Declined, Quantized, Site, Tap
+from iobs_onnx.site import Candidates, Declined, Packed, Quantized, Routed, Site, Stacked, Tap
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Uses:
     """How the nodes of a site multiply by its tensor, and what its integers stand for."""
 
     described: list[tuple[ir.Node, Use]]
-    quantized: Quantized | None
+    quantized: Quantized | Packed | None
 
 
 _WANTED = "only floats, and integers behind DequantizeLinear, are pruned"
@@ -127,7 +127,7 @@ def _uses(source: ir.Value, tensor: ir.TensorProtocol, known: _Known) -> _Uses |
     """Describe every reader by the layout of the stored tensor, or say what forbids pruning."""
     found = list(readers.readings(source, tensor))
     uses: list[tuple[ir.Node, Use]] = []
-    grids: dict[Quantized | None, None] = {}
+    grids: dict[Quantized | Packed | None, None] = {}
     for reading in found:
         if (reason := _foreign(reading, known)) is not None:
             return reason
@@ -140,7 +140,7 @@ def _uses(source: ir.Value, tensor: ir.TensorProtocol, known: _Known) -> _Uses |
         if isinstance(use, str):
             return use if len(found) == 1 else f"shared, and at {_called(node)}: {use}"
         uses.append((node, use))
-        grids[reading.path.quantized] = None
+        grids[use.quantized or reading.path.quantized] = None
     first_node, first = uses[0]
     for node, use in uses:
         if use.matrices.simplest() != first.matrices.simplest():
@@ -153,10 +153,28 @@ def _uses(source: ir.Value, tensor: ir.TensorProtocol, known: _Known) -> _Uses |
 def _use(node: ir.Node, index: int, path: Path) -> Use | str:
     if (reason := unsupported(node)) is not None:
         return reason
-    if path.integer or path.grid is not None:
+    handler = OP_HANDLERS[node.domain, node.op_type]
+    if (path.integer or path.grid is not None) != handler.packed:
         return f"an integer at the node that multiplies by it: {_WANTED}"
-    use = OP_HANDLERS[node.domain, node.op_type].describe(node, index, path.layout)
-    return use if isinstance(use, str) else _misplaced(node, use, path) or use
+    use = handler.describe(node, index, path.layout)
+    if isinstance(use, str):
+        return use
+    if path.picked is not None:
+        return _routed(use, path.picked, path)
+    return _misplaced(node, use, path) or use
+
+
+def _routed(use: Use, index: ir.Value, path: Path) -> Use | str:
+    """Return a use of matrices that an index picks from a stack, one for each row."""
+    (read,) = use.reads
+    form = read.form
+    # The stack's axis must be the operand's first still, and the activation's too.
+    first = path.layout.axes[0]
+    whole = first == Layout.of(path.stored).axes[0] == use.matrices.axes[0]
+    if not isinstance(form, Stacked) or len(form.batch) != 1 or not whole:
+        return "picked from a stack, where not every row meets a matrix of its own"
+    count, (along,), (feature,) = path.stored[0], form.batch, form.features
+    return Use((replace(read, form=Routed(feature, along, count, index.name or "")),), use.matrices)
 
 
 def _misplaced(node: ir.Node, use: Use, path: Path) -> str | None:
@@ -181,6 +199,8 @@ def _untapped(node: ir.Node, use: Use, known: _Known) -> str | None:
     first = use.reads[0].value
     if first.is_initializer() or first in known.constant:
         return "both operands are constant"
+    if isinstance(use.reads[0].form, Routed) and node.graph is not known.model.graph:
+        return "picked from a stack inside a body"
     faults = (known.out_of_reach.get(value) for value in node.outputs)
     if (fault := next(filter(None, faults), None)) is not None:
         return f"behind {fault}, an operator that ONNX Runtime does not know"

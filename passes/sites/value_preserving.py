@@ -1,8 +1,9 @@
 """Operators between a stored tensor and the node that multiplies by it.
 
-Each moves values (Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Identity), rounds them (Cast,
-a QuantizeLinear with its DequantizeLinear) or scales them (DequantizeLinear, a Mul after a Cast
-from integers). None mixes two of them.
+Each moves values (Transpose, Reshape, Flatten, Squeeze, Unsqueeze, Identity), picks them (Gather
+and GatherND, of the matrices in a stack), rounds them (Cast, a QuantizeLinear with its
+DequantizeLinear) or scales them (DequantizeLinear, a Mul after a Cast from integers). None mixes
+two of them.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Path:
         grid: scale, zero point and axis of a QuantizeLinear that is still to be undone.
         regrouped: the axis whose places stand in another order than the stored one, as factors of
             the stored tensor; None for none.
+        picked: what says which matrix of a stack stands at each place of the operand's first axis,
+            which is the stack's; None where the operand is the whole stack.
     """
 
     stored: tuple[int, ...]
@@ -53,6 +56,7 @@ class Path:
     integer: bool = False
     grid: tuple[object, ...] | None = None
     regrouped: tuple[Factor, ...] | None = None
+    picked: ir.Value | None = None
 
     @classmethod
     def of(cls, tensor: ir.TensorProtocol) -> Path:
@@ -75,6 +79,8 @@ def followed_input(node: ir.Node) -> ir.Value | None:
         return None
     if node.op_type == "Mul":
         return next((value for value in node.inputs if _cast_from_integers(value)), None)
+    if node.op_type in _PICKS and not _picks(node):
+        return None
     return None if node.op_type == "Cast" and not _to_float(node) else node.inputs[0]
 
 
@@ -157,6 +163,29 @@ def _axes(node: ir.Node) -> Sequence[int] | None:
 
 def _integers(array: NDArray[np.generic]) -> list[int]:
     return [int(entry) for entry in array.reshape(-1).astype(np.int64)]
+
+
+def _picks(node: ir.Node) -> bool:
+    """Whether a node picks whole matrices or more of a stack, by numbers that it is given.
+
+    A table of vectors, as of tokens, is looked up and not multiplied by.
+    """
+    table = node.inputs[0]
+    index = node.inputs[1] if len(node.inputs) > 1 else None
+    axis = integer(node, "axis", 0) or integer(node, "batch_dims", 0)
+    if table is None or index is None or index.shape is None or axis:
+        return False
+    # GatherND has one axis more, of the numbers that make up one place.
+    places = len(index.shape) - (node.op_type == "GatherND")
+    alone = node.op_type == "Gather" or index.shape[-1] == 1
+    deep = table.shape is not None and len(table.shape) >= 3
+    return places == 1 and alone and deep and constant_array(index) is None
+
+
+def _picked(node: ir.Node, path: Path) -> Path | str:
+    if path.picked is not None:
+        return f"behind a second {node.op_type}"
+    return replace(path, picked=node.inputs[1])
 
 
 def _cast(node: ir.Node, path: Path) -> Path:
@@ -244,10 +273,14 @@ def _to_float(node: ir.Node) -> bool:
     return target is not None and not target.is_ref() and integer(node, "to", 0) in _FLOATS
 
 
+# Operators that pick parts along the first axis.
+_PICKS = frozenset({"Gather", "GatherND"})
 _STEPS: dict[str, Callable[[ir.Node, Path], Path | str | None]] = {
     "Cast": _cast,
     "DequantizeLinear": _dequantized,
     "Flatten": _reshaped,
+    "Gather": _picked,
+    "GatherND": _picked,
     "Identity": lambda node, path: path,
     "Mul": _scaled,
     "QuantizeLinear": _quantized,

@@ -39,5 +39,5 @@ def prepare(model: ir.Model, sites: Iterable[Site]) -> ir.Model:
     for node in [node for scope in graphs for node in scope]:
         if (handler := handler_of(node)) is not None and handler.expose is not None:
             handler.expose(node, claim)
-    bring_out(model, {tap.value for site in sites for tap in site.taps}, claim)
+    bring_out(model, {name for site in sites for tap in site.taps for name in tap.values}, claim)
     return model

@@ -172,8 +172,8 @@ class _Flow:
             fetched[place] = [*fetched.get(place, ()), *beside]
         for place, taps in fetched.items():
             for tap in taps:
-                value = self.by_name[tap.value]
-                self.fetched[value] = max(place, self.fetched.get(value, -1))
+                for value in (self.by_name[name] for name in tap.values):
+                    self.fetched[value] = max(place, self.fetched.get(value, -1))
         ends = {self.made[value] for value in (*self.fetched, *self.wanted)}
         needed = _reached(self.flow.reverse(copy=False), ends)
         self.last = dict(self.fetched)

@@ -29,7 +29,7 @@ def measure_once(
     stream = run.engine.stream(model, run.data.calibration, mask_padding=run.config.mask_padding)
     hessians: dict[Tap, Hessian] = {}
     for segment in partition(model, sites, budget=run.engine.budget):
-        fetch = tuple(dict.fromkeys(tap.value for tap in segment.taps))
+        fetch = tuple(dict.fromkeys(name for tap in segment.taps for name in tap.values))
         session = run.engine.open(model, segment, (*fetch, *segment.outputs), stream)
         batches = stream.run(
             session, fetch=fetch, keep=segment.outputs, alive=segment.alive, device=run.device
