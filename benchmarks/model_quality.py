@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     **{f"defaults, {count} rounds": {"rounds": count} for count in (2, 3, 4, 5)},
     "defaults, 5 rounds, none forgotten": {"rounds": 5, "forgetting_factor": 1.0},
     "defaults, allocated": {"allocate": "error"},
+    "defaults, allocated by loss": {"allocate": "loss"},
     "defaults, and own text": {"calibration": "self"},
     # Wu et al., NeurIPS 2024, section 5: small symmetric steps, projected by SparseGPT.
     "paper's 5 rounds": {"solver": "sparsegpt", "rounds": 5, "learning_rate": 0.01, **_INPUTS},
@@ -55,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def means_nothing(options: Mapping[str, Any], pattern: str, task: Task) -> bool:
     """Whether options do not go with a pattern, or a model."""
-    shared_out = options.get("allocate") == "error" and ":" in pattern
+    shared_out = "allocate" in options and ":" in pattern
     return shared_out or ("calibration" in options and task.writes is None)
 
 

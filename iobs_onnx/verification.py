@@ -6,8 +6,6 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +21,9 @@ from iobs_onnx.passes import (
     eligibility_2_4,
     find_sites,
     load_model,
+    scratch,
     stored_slots,
+    unknown_to_checker,
 )
 from iobs_onnx.pruning.selection import select
 from iobs_onnx.site import Declined
@@ -64,6 +64,7 @@ class Verification:
         outputs: for each float output, how near the sparse model is to the dense one; with data
             but no dense model, relative error and cosine are None; empty without data.
         failures: one line for each thing that does not hold.
+        notes: what could not be checked, and why.
     """
 
     pattern: str | None
@@ -71,6 +72,7 @@ class Verification:
     declined: list[Declined]
     outputs: list[dict[str, Any]]
     failures: list[str]
+    notes: list[str]
 
     @property
     def ok(self) -> bool:
@@ -86,6 +88,7 @@ class Verification:
             "declined": [describe_declined(item) for item in self.declined],
             "outputs": self.outputs,
             "failures": self.failures,
+            "notes": self.notes,
         }
 
 
@@ -112,13 +115,16 @@ def verify(
 
     Raises:
         InputError: a model, the data or an option is at fault.
-        CheckError: onnx.checker refuses the model.
+        CheckError: onnx.checker refuses the model, and for another reason than that it does not
+            know an operator of ONNX Runtime.
     """
     if dense is not None and data is None:
         raise OptionError("dense: comparing outputs needs data; give feeds to run both models on")
     pattern = None if sparsity is None else parse_sparsity(sparsity)
     model = load_model(sparse)
-    check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
+    unknown = unknown_to_checker(model)
+    if not unknown:
+        check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
     # 1:1 fits every site: without a claim all are looked at.
     chosen = select(find_sites(model), pattern or NM(1, 1), include, exclude)
     claims = {} if pattern is None else {site.name: pattern for site in chosen.sites}
@@ -153,7 +159,12 @@ def verify(
     outputs = [] if data is None else _outputs(dense, model, data, provider)
     failures += [f"output {out['name']!r} is not finite" for out in outputs if not out["finite"]]
     return Verification(
-        None if pattern is None else str(pattern), sites, list(chosen.declined), outputs, failures
+        None if pattern is None else str(pattern),
+        sites,
+        list(chosen.declined),
+        outputs,
+        failures,
+        [f"onnx.checker was not asked: it does not know {', '.join(unknown)}"] * bool(unknown),
     )
 
 
@@ -165,8 +176,8 @@ def _outputs(
 
     feeds = open_data(data, input_specs(sparse), holdout=0).calibration
     reference = sparse if dense is None else load_model(dense)
-    with TemporaryDirectory(prefix="iobs-onnx-") as folder:
-        engine = Engine(provider, default_memory_budget(), Path(folder))
+    with scratch() as folder:
+        engine = Engine(provider, default_memory_budget(), folder)
         found = [dataclasses.asdict(item) for item in compare(reference, sparse, feeds, engine)]
     if dense is None:
         return [{**item, "relative_error": None, "cosine": None} for item in found]

@@ -1,6 +1,12 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
-from iobs_onnx.passes.checks.check import Violation, achieved_sparsity, check_model, check_pattern
+from iobs_onnx.passes.checks.check import (
+    Violation,
+    achieved_sparsity,
+    check_model,
+    check_pattern,
+    unknown_to_checker,
+)
 from iobs_onnx.passes.checks.deploy import (
     Engine,
     deployment_warnings,
@@ -21,6 +27,7 @@ from iobs_onnx.passes.edit.permute import Chain, find_chains, permute_channels
 from iobs_onnx.passes.edit.rewrite import rewrite
 from iobs_onnx.passes.edit.sparse_form import masks_of, sparse_bytes, store_sparsely
 from iobs_onnx.passes.files.atomic import replacing
+from iobs_onnx.passes.files.folders import locked, scratch, working_in, writing_to
 from iobs_onnx.passes.files.load_save import (
     bring_into_memory,
     load_model,
@@ -30,6 +37,7 @@ from iobs_onnx.passes.files.load_save import (
     save_model,
     saving,
 )
+from iobs_onnx.passes.files.place import Place, place_of
 from iobs_onnx.passes.files.sizes import Sizes, model_sizes
 from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.sites.find_sites import find_sites
@@ -44,6 +52,7 @@ __all__ = [
     "Chain",
     "Codes",
     "Engine",
+    "Place",
     "Segment",
     "Sequential",
     "Sizes",
@@ -65,6 +74,7 @@ __all__ = [
     "instrument",
     "is_2_4",
     "load_model",
+    "locked",
     "mask_file",
     "masks_of",
     "model_hash",
@@ -72,6 +82,7 @@ __all__ = [
     "outputs_out_of_reach",
     "partition",
     "permute_channels",
+    "place_of",
     "prepare",
     "release",
     "replacing",
@@ -81,11 +92,15 @@ __all__ = [
     "rewrite_biases",
     "save_model",
     "saving",
+    "scratch",
     "sparse_bytes",
     "store_as_integers",
     "store_sparsely",
     "stored_slots",
     "trtexec_command",
+    "unknown_to_checker",
     "why_not_integers",
     "widen",
+    "working_in",
+    "writing_to",
 ]

@@ -7,9 +7,12 @@ writes them there and torch reads them in place.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 import torch
 
@@ -222,6 +225,7 @@ class _Collector:
                 del self.sums.beside[tap, other]
                 self._jobs = []
         self._jobs = self._jobs or self._share_out()
+        away = _Away(self._jobs, batch, dense, self._device)
 
         def work(job: _Job) -> None:
             tap, share = job.tap, {"part": job.part, "parts": job.parts}
@@ -233,11 +237,11 @@ class _Collector:
                 if not self.sums.grams[tap].finite(job.part, job.parts):
                     raise DataError(_not_finite(activation, tap, index))
                 return
-            assert dense is not None, "a drift is summed only with the dense model's values"
             sums = self.sums.drifts[tap] if job.left is tap else self.sums.beside[tap, job.left]
-            lefts = self._away(job.left, keeps[tap], dense, batch)
-            for left, chunk in _in_step(lefts, rows):
-                sums.add(left, chunk, batch.weight, **share)
+            with away.of(job.left) as difference:
+                lefts = read_rows(difference, job.left, keeps[tap])
+                for left, chunk in _in_step(lefts, rows):
+                    sums.add(left, chunk, batch.weight, **share)
 
         for _ in self._pool.map(work, self._jobs):
             pass
@@ -260,19 +264,6 @@ class _Collector:
                 self.sums.excluded = True
         return keeps
 
-    def _away(
-        self, tap: Tap, keep: torch.Tensor | None, dense: Batch, batch: Batch
-    ) -> Iterator[torch.Tensor]:
-        """Yield the rows of `x_d − x_s`."""
-        ours, theirs = (b.values[tap.value].to(self._device).float() for b in (batch, dense))
-        if ours.shape != theirs.shape:
-            raise ModelError(
-                f"activation {tap.value!r} has shape {tuple(ours.shape)} in the pruned model and "
-                f"{tuple(theirs.shape)} in the dense one: its size depends on the data; "
-                "use target layer"
-            )
-        return read_rows(theirs - ours, tap, keep)
-
     def _share_out(self) -> list[_Job]:
         """Return the jobs, the largest first, none larger than a worker's fair share."""
         sums: list[tuple[Tap, Tap | None, GramAccumulator | CrossAccumulator]] = [
@@ -294,6 +285,49 @@ class _Collector:
         return jobs
 
 
+class _Away:
+    """How far a batch's activations are from the dense model's: `x_d − x_s`, once for all jobs.
+
+    A difference is held from the first job that needs it to the last.
+    """
+
+    def __init__(
+        self, jobs: Sequence[_Job], batch: Batch, dense: Batch | None, device: torch.device
+    ) -> None:
+        self._batch, self._dense, self._device = batch, dense, device
+        self._waiting = Counter(job.left for job in jobs if job.left is not None)
+        self._locks = {tap: Lock() for tap in self._waiting}
+        self._held: dict[Tap, torch.Tensor] = {}
+
+    @contextmanager
+    def of(self, tap: Tap) -> Iterator[torch.Tensor]:
+        """Give the difference of a tap's activations to one job."""
+        with self._locks[tap]:
+            if tap not in self._held:
+                self._held[tap] = self._difference(tap)
+            difference = self._held[tap]
+        try:
+            yield difference
+        finally:
+            with self._locks[tap]:
+                self._waiting[tap] -= 1
+                if not self._waiting[tap]:
+                    del self._held[tap]
+
+    def _difference(self, tap: Tap) -> torch.Tensor:
+        assert self._dense is not None, "a drift is summed only with the dense model's values"
+        ours, theirs = (
+            each.values[tap.value].to(self._device).float() for each in (self._batch, self._dense)
+        )
+        if ours.shape != theirs.shape:
+            raise ModelError(
+                f"activation {tap.value!r} has shape {tuple(ours.shape)} in the pruned model and "
+                f"{tuple(theirs.shape)} in the dense one: its size depends on the data; "
+                "use target layer"
+            )
+        return theirs - ours
+
+
 def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
     """Whether the stream beside a tap has a row for each of the site's output."""
     x, r = batch.values[tap.value], batch.values[other.value]
@@ -306,15 +340,21 @@ def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
 def _in_step(
     left: Iterator[torch.Tensor], rows: Iterator[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield both in chunks of equal length; they are cut at different places."""
-    chunks = list(left)
-    if not chunks:
-        return
-    held = torch.cat(chunks, dim=1)
-    start = 0
+    """Yield both in chunks of equal length; they may be cut at different places.
+
+    No more is held of the left ones than the next chunk of rows needs.
+    """
+    held: list[torch.Tensor] = []
     for chunk in rows:
-        yield held[:, start : start + chunk.shape[1]], chunk
-        start += chunk.shape[1]
+        wanted = chunk.shape[1]
+        while sum(part.shape[1] for part in held) < wanted:
+            more = next(left, None)
+            if more is None:
+                return
+            held.append(more)
+        whole = held[0] if len(held) == 1 else torch.cat(held, dim=1)
+        yield whole[:, :wanted], chunk
+        held = [whole[:, wanted:]] if whole.shape[1] > wanted else []
 
 
 def _matching(keep: torch.Tensor, activation: torch.Tensor, tap: Tap) -> torch.Tensor | None:

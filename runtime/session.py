@@ -18,6 +18,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
+from iobs_onnx.runtime.head_size import head_size
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -318,7 +319,10 @@ def _spec(value: ir.Value, *, optional: bool) -> InputSpec:
         raise ModelError(f"input {value.name!r}: its type {value.type} cannot be fed from NumPy")
     shape = None
     if value.shape is not None:
-        shape = tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+        # Paddle2ONNX writes a dynamic axis as -1.
+        shape = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in value.shape)
+    if shape is not None and len(shape) == 4 and shape[-1] is None:
+        shape = (*shape[:-1], head_size(value))
     return InputSpec(value.name or "", value.dtype.numpy(), shape, optional)
 
 

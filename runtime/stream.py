@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -61,7 +62,12 @@ class Store:
             return array
         self._count += 1
         path = self._folder / f"stream-{os.getpid()}-{self._count:08d}.npy"
-        np.save(path, array, allow_pickle=False)
+        try:
+            np.save(path, array, allow_pickle=False)
+        except OSError as error:
+            # Of a full disk NumPy says only how much was written.
+            number = error.errno or errno.ENOSPC
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
         return path
 
     def get(self, held: NDArray[Any] | Path) -> NDArray[Any]:

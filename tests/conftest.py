@@ -32,11 +32,22 @@ def minilm_feeds() -> list[dict[str, np.ndarray]]:
 @pytest.fixture(scope="session")
 def magika_model() -> Path:
     """A convolutional classifier of file types, input `bytes` (N, 2048) int32."""
-    spec = importlib.util.find_spec("magika")
-    assert spec is not None, "magika is listed in models.txt"
-    assert spec.origin is not None
-    (path,) = Path(spec.origin).parent.glob("models/*/model.onnx")
+    (path,) = _packaged("magika").glob("models/*/model.onnx")
     return path
+
+
+@pytest.fixture(scope="session")
+def paddle_model() -> Path:
+    """A text-direction classifier by Paddle2ONNX, input `x` (-1, 3, h, w), from PP-OCR v2."""
+    return _packaged("rapidocr_onnxruntime") / "models" / "ch_ppocr_mobile_v2.0_cls_infer.onnx"
+
+
+def _packaged(name: str) -> Path:
+    """Return the folder of a package that carries models; it is not imported."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} is listed in models.txt"
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_values(name: str, taken: Any, refused: Any, expected: str) -> None:
 
 def test_choices() -> None:
     found = [f for f in dataclasses.fields(PruneConfig) if "choices" in f.metadata["how"]]
-    assert len(found) == 11
+    assert len(found) == 12
     for option in found:
         choices = option.metadata["how"]["choices"]
         for value in (1, "other", ["cpu"], *([] if option.default is None else [None])):

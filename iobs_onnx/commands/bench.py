@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from iobs_onnx.commands.printable import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
     )
     if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(to_json(found.as_dict()))
         return 0
 
     from iobs_onnx.commands.console import make_console

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iobs_onnx.commands.printable import to_json
 from iobs_onnx.commands.report import draw
 from iobs_onnx.errors import OptionError
 from iobs_onnx.report.schema import read_report
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         html = draw(lambda data: render_comparison(names, data), reports, where)
         write_page(arguments.html, html)
     if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        print(to_json(found.as_dict()))
         return 0
 
     from iobs_onnx.commands.console import make_console

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
+from iobs_onnx.commands.printable import printable
 from iobs_onnx.pruning.progress import Progress
 
 
 def make_console() -> Console:
-    """Return a console that colours nothing by itself and reads no markup in names."""
-    console = Console(highlight=False, markup=False)
+    """Return a console that colours nothing by itself, and shows names as they are."""
+    console = _Console(highlight=False, markup=False, emoji=False)
     # A pipe has no width: 80 columns would fold every name.
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
+    if not console.is_terminal:
+        console.size = ConsoleDimensions(160, console.height)
+    return console
+
+
+class _Console(Console):
+    """Escapes control characters; leaves it to the command line to end where nobody reads."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError
 
 
 class Bars(Progress):

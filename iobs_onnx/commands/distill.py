@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
+from iobs_onnx.commands.printable import to_json
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.config.checks import seconds
 from iobs_onnx.errors import OptionError
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
         metavar="DATA",
         help="data that only judge (default: a tenth of the calibration data)",
     )
-    command.add_argument("--output", metavar="OUT.onnx", required=True, help="the model to write")
+    command.add_argument("--output", metavar="OUT.onnx", required=True, help="as for prune")
     _add_training(command)
     for option in dataclasses.fields(PruneConfig):
         if option.name in _DATA:
@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
-def _add_training(command: argparse.ArgumentParser) -> None:
-    """Add what says how to train."""
+def _add_training(command: Any) -> None:
+    """Add how to train."""
     command.add_argument(
         "--distill",
         default="model",
@@ -91,6 +91,9 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--mirror", action="store_true", help="mirror images by chance, where that means nothing"
     )
+    command.add_argument(
+        "--on-interrupt", default="stop", choices=("stop", "keep"), help="as for prune"
+    )
 
 
 def _distill(arguments: argparse.Namespace) -> int:
@@ -107,6 +110,7 @@ def _distill(arguments: argparse.Namespace) -> int:
         seconds=None if time is None else seconds("distill_time", time),
         rate=arguments.distill_rate,
         loss=arguments.loss,
+        keeps=arguments.on_interrupt == "keep",
         seed=arguments.seed,
     )
     console = make_console()
@@ -124,7 +128,7 @@ def _distill(arguments: argparse.Namespace) -> int:
         **{name: value for name in _DATA if (value := getattr(arguments, name)) is not None},
     )
     if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(to_json(found.as_dict()))
     elif not arguments.quiet:
         _show(console, found)
     return 0

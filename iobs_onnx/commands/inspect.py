@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from iobs_onnx.commands.printable import to_json
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.config.checks import parse_bytes
 
@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _print_segments(segments, as_json=arguments.json)
     found = inspect(arguments.model)
     if arguments.json:
-        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        print(to_json(found.as_dict()))
         return 0
 
     from iobs_onnx.commands.console import make_console
@@ -89,7 +89,7 @@ def _sites_table(found: Inspection) -> Table:
 
 def _print_segments(segments: Sequence[dict[str, Any]], *, as_json: bool) -> int:
     if as_json:
-        print(json.dumps(segments, indent=2, ensure_ascii=False))
+        print(to_json(segments))
         return 0
 
     from rich.table import Table

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from iobs_onnx.commands.printable import to_json
 from iobs_onnx.config import PruneConfig, require_known
 from iobs_onnx.errors import OptionError
 from iobs_onnx.pruning.progress import Progress
@@ -42,7 +44,12 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="keep what is solved here; the same command goes on there after it was cut off",
     )
-    command.add_argument("--output", metavar="OUT.onnx", help="the sparse model to write")
+    command.add_argument(
+        "--output",
+        metavar="OUT.onnx",
+        help="the sparse model to write; or a folder (DIR/), which takes it under its own name, "
+        "with configuration and tokenizer if they lie beside the dense one",
+    )
     command.add_argument(
         "--report-dir", metavar="DIR", help="write report.json and report.html here"
     )
@@ -101,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
         saved = result.report.save(report_dir)
         written += [str(saved), str(saved.with_name("report.html"))]
     if arguments.json:
-        print(result.report.to_json())
+        print(to_json(json.loads(result.report.to_json())))
     elif not arguments.quiet:
         for part in render(result.report):
             console.print(part)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from iobs_onnx.commands.printable import printable, to_json
 from iobs_onnx.errors import OptionError
 from iobs_onnx.report.schema import read_report
 
@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if target.absolute() == source.absolute():
         raise OptionError(f"output {target}: would overwrite the report; choose another name")
     page = write_page(target, draw(render_report, read_report(source), arguments.report))
-    print(json.dumps({"page": str(page)}) if arguments.json else f"wrote {page}")
+    print(to_json({"page": str(page)}) if arguments.json else f"wrote {printable(str(page))}")
     return 0
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Any
 
+from iobs_onnx.commands.printable import to_json
 from iobs_onnx.config import PruneConfig
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
         provider=arguments.provider,
     )
     if arguments.json:
-        print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
+        print(to_json(result.as_dict()))
         return 0 if result.ok else 1
 
     from iobs_onnx.commands.console import make_console
@@ -60,6 +60,8 @@ def _run(arguments: argparse.Namespace) -> int:
         console.print(_output_line(output))
     if not result.outputs:
         console.print("outputs were not checked: give --data to run the model")
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     for failure in result.failures:
         console.print(f"FAILED {failure}", style="bold red", soft_wrap=True)
     console.print("verified" if result.ok else f"{len(result.failures)} checks failed")

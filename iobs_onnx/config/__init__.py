@@ -226,11 +226,18 @@ class PruneConfig:
         check=seconds,
         metavar="TIME",
     )
-    allocate: Literal["uniform", "error"] = _option(
+    on_interrupt: Literal["stop", "keep"] = _option(
+        "stop",
+        "what Ctrl-C does while the whole model is trained: end the run and write nothing, or end "
+        "the training and go on with what is best so far",
+        choices=("stop", "keep"),
+    )
+    allocate: Literal["uniform", "error", "loss"] = _option(
         "uniform",
         "how a fraction removed is spread over the sites: the same for each, or more where it "
-        "costs less layer error",
-        choices=("uniform", "error"),
+        "costs less layer error, or less of the model's own loss; with N:M, loss says which sites "
+        "go back to dense first under a bound",
+        choices=("uniform", "error", "loss"),
     )
     metric: str | Callable[[str], float] | None = _option(  # noqa: RUF009 - a field, see _option
         None,
@@ -328,10 +335,18 @@ class PruneConfig:
                 raise OptionError(f"{name} {value}: goes with distill blocks, model or both")
         if self.min_metric is not None and self.metric is None:
             raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
-        if self.allocate == "error" and isinstance(self.sparsity, NM):
+        self._require_free_shares()
+
+    def _require_free_shares(self) -> None:
+        if self.allocate == "uniform" or not isinstance(self.sparsity, NM):
+            return
+        same = f"allocate {self.allocate}: {self.sparsity} is the same for every site by its nature"
+        if self.allocate == "error":
+            raise OptionError(f"{same}; give a fraction removed, such as 50%")
+        if self.budget_error is None and self.min_metric is None:
             raise OptionError(
-                f"allocate error: {self.sparsity} is the same for every site by its nature; give "
-                "a fraction removed, such as 50%"
+                f"{same}; give a fraction removed, such as 50%, or budget_error or min_metric, for "
+                "which it says what goes back to dense first"
             )
 
     def as_dict(self) -> dict[str, Any]:

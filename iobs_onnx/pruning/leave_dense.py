@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, GateError
 from iobs_onnx.pruning.judge import Judge, Verdict
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import ModelProposal, Pruned
+from iobs_onnx.site import Site
 
 
 @dataclass(frozen=True)
 class LeaveDense:
     """Sites go back to dense until `budget_error` and `min_metric` hold.
 
-    They go in the order of their layer error, highest first; how many is found by bisection, as if
-    each one that goes back made the model better.
+    They go in the order of their layer error, times its price in the model's loss where that is
+    known, highest first; how many is found by bisection, as if each one that goes back made the
+    model better.
 
     Attributes:
         judge: of models.
+        prices: what a layer error of 1 of a site costs; empty where that was not measured.
     """
 
     judge: Judge
+    prices: Mapping[Site, float] = field(default_factory=dict)
     name: str = "leave dense"
 
     def steps(self, run: Run) -> int | None:
@@ -45,7 +49,7 @@ class LeaveDense:
             )
         if _holds(pruned.verdict, config):
             return ModelProposal(list(sites), verdict=pruned.verdict)
-        order = sorted(sites, key=lambda site: sites[site].measured.layer_error)
+        order = sorted(sites, key=lambda s: sites[s].measured.layer_error * self.prices.get(s, 1.0))
 
         def cheapest(count: int) -> ModelProposal:
             chosen = set(order[:count])
@@ -73,7 +77,8 @@ class LeaveDense:
 
 def reason(config: PruneConfig) -> str:
     """Say why sites were left dense."""
-    return f"left dense: among the highest layer errors, and {_bound(config)} must hold"
+    highest = "costs in the model's loss" if config.allocate == "loss" else "layer errors"
+    return f"left dense: among the highest {highest}, and {_bound(config)} must hold"
 
 
 def _bound(config: PruneConfig) -> str:

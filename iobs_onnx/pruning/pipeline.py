@@ -21,7 +21,16 @@ import torch
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.engine import Engine, default_memory_budget
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
-from iobs_onnx.passes import find_sites, load_model, model_hash, require_opset
+from iobs_onnx.passes import (
+    find_sites,
+    load_model,
+    locked,
+    model_hash,
+    require_opset,
+    scratch,
+    working_in,
+    writing_to,
+)
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
 from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, require_distillable
 from iobs_onnx.pruning.finish import Finish
@@ -90,7 +99,9 @@ def prune(
             dict of arrays, an ONNX Runtime `CalibrationDataReader`, `"random"`, or `"self"` (text
             that a causal language model writes); or a list of these, which are mixed. None where
             `text`, `images` or `audio` among the options names the data.
-        output: the file to write; nothing is written if anything fails.
+        output: the file to write, or a folder, which is made: it takes the model under its own
+            name, and the rest of a model's own folder goes with it. Nothing is written if anything
+            fails.
         holdout: data that only judge, in any of these forms. Without it a tenth of the calibration
             data, at most 64 samples, is held out.
         work_dir: a folder, made if needed, that keeps what is solved: the same call goes on there
@@ -106,22 +117,39 @@ def prune(
         GateError: it does not hold a bound that an option set.
     """
     config = make_config({"sparsity": sparsity, "solver": solver, **options})
+    with writing_to(output):
+        return _prune(
+            model,
+            config,
+            calibration=calibration,
+            output=output,
+            holdout=holdout,
+            work_dir=work_dir,
+            progress=progress or Progress(),
+        )
+
+
+def _prune(
+    model: Model,
+    config: PruneConfig,
+    *,
+    calibration: Any,
+    output: str | os.PathLike[str] | None,
+    holdout: Any,
+    work_dir: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> PruneResult:
+    """Prune a model whose output is this run's alone; see :func:`prune`."""
     started = time.perf_counter()
-    progress = progress or Progress()
     device, metric = _device(config), find_metric(config.metric)
     dense = load_model(model)
-    require_form(dense, output, config.emit)
+    place = require_form(dense, model, output, config.emit)
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
-    data = open_sources(sources, holdout, input_specs(dense), config)
-    once = (config.rounds, config.allocate, config.permute, config.distill)
-    if once != (1, "uniform", False, "none"):  # these read the feeds more than once
-        data = data.in_memory()
-    if config.distill != "none":
-        require_distillable(dense, data, config.distill)
-    with _work_folder(work_dir) as folder, TemporaryDirectory(prefix=_STREAMS, dir=folder) as spill:
+    data = _opened(sources, holdout, dense, config)
+    with _work_folder(work_dir) as folder, _spill(folder) as spill:
         budget = config.memory_budget or default_memory_budget()
-        engine = Engine(config.provider, budget, Path(spill))
+        engine = Engine(config.provider, budget, spill)
         checkpoint = Checkpoint(folder)
         if work_dir is not None:
             checkpoint.claim(_identity(model, work_dir, config, None if holdout is None else data))
@@ -134,9 +162,10 @@ def prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        final = _finished(rounds, rounded.pruned, sources, model, progress)
+        left = LeaveDense(judge, allocation.prices)
+        final = _finished(rounds, rounded.pruned, DistilModel(sources, model), left, progress)
         require_output_error(final.verdict.outputs, config.max_output_error)
-        written = write_pruned(run, final, model, output)
+        written = write_pruned(run, final, model, place)
         report = build_report(
             config=config,
             model={**describe_file(model), "checker": written.checker},
@@ -159,9 +188,20 @@ def prune(
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
-    if output is None:
+    if place.file is None:
         return PruneResult(written.model, report, None)
-    return PruneResult(load_model(output), report, os.fspath(output))
+    return PruneResult(load_model(place.file), report, os.fspath(place.file))
+
+
+def _opened(sources: Sequence[Any], holdout: Any, dense: ir.Model, config: PruneConfig) -> Data:
+    """Return the data, read to their end where that happens more than once."""
+    data = open_sources(sources, holdout, input_specs(dense), config)
+    once = (config.rounds, config.allocate, config.permute, config.distill)
+    if once != (1, "uniform", False, "none"):
+        data = data.in_memory()
+    if config.distill != "none":
+        require_distillable(dense, data, config.distill)
+    return data
 
 
 def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
@@ -182,7 +222,11 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
 
 
 def _finished(
-    rounds: Rounds, pruned: Pruned, sources: Sequence[Any], model: Model, progress: Progress
+    rounds: Rounds,
+    pruned: Pruned,
+    whole: DistilModel,
+    leave_dense: LeaveDense,
+    progress: Progress,
 ) -> Pruned:
     """Do what is done to the whole model after the last round: distil, round, leave dense."""
     run, judge, checkpoint = rounds.run, rounds.judge, rounds.checkpoint
@@ -191,7 +235,7 @@ def _finished(
     if config.distill in ("blocks", "both"):
         training.append(DistilBlocks(checkpoint))
     if config.distill in ("model", "both"):
-        training.append(DistilModel(sources, model))
+        training.append(whole)
     pruned = finish.stages(pruned, training)
     if training and config.quantize is not None:
         with progress.stage("round", None) as advance:
@@ -199,7 +243,7 @@ def _finished(
                 run, rounds.route, pruned, judge=judge, checkpoint=checkpoint, advance=advance
             )
     bounded = config.budget_error is not None or config.min_metric is not None
-    return finish.stages(pruned, [LeaveDense(judge)] if bounded else [])
+    return finish.stages(pruned, [leave_dense] if bounded else [])
 
 
 def _distillation(final: Pruned) -> dict[str, Any] | None:
@@ -240,17 +284,29 @@ def _device(config: PruneConfig) -> torch.device:
 def _work_folder(work_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     """Enter the folder for what is solved; one that was not asked for goes with the run."""
     if work_dir is None:
-        with TemporaryDirectory(prefix="iobs-onnx-") as temporary:
-            yield Path(temporary)
+        with scratch() as temporary:
+            yield temporary
         return
-    folder = Path(work_dir)
+    folder = Path(work_dir).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{_STREAMS}*"):  # of a run that was cut off
-            shutil.rmtree(left)
     except OSError as error:
         raise OptionError(f"work-dir {work_dir}: cannot be used ({error.strerror})") from error
-    yield folder
+    with (
+        locked(folder / ".lock", f"work-dir {work_dir}"),
+        working_in(folder, "move it to a larger disk and give --work-dir there"),
+    ):
+        for left in folder.glob(f"{_STREAMS}*"):  # of a run that was cut off
+            shutil.rmtree(left)
+        yield folder
+
+
+@contextmanager
+def _spill(folder: Path) -> Iterator[Path]:
+    """Enter a folder for activations, which goes with the block."""
+    made = TemporaryDirectory(prefix=_STREAMS, dir=folder, ignore_cleanup_errors=True)
+    with made as spill:
+        yield Path(spill)
 
 
 def _identity(

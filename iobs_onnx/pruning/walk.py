@@ -109,7 +109,7 @@ class Walk:
         self._stages, self._executor = stages, executor
         self._checkpoint, self._advance = checkpoint, advance
         self._stored = stored_slots(route.model)
-        self._recall = Recall(checkpoint.folder, number, run.config.forgetting_factor)
+        self._recall = Recall(checkpoint, number, run.config.forgetting_factor)
         self._hessians: dict[Tap, Hessian] = {}
         self._pending = {site for segment in route.segments for site in segment.sites}
         self._facts = Facts()
@@ -131,7 +131,8 @@ class Walk:
         held = [self._checkpoint.get(name, segment.sites) for name in names]
         first = held[0]
         with self._timed("calibrate"):
-            residuals, facts = self._measure(index, segment, solved=first is not None)
+            known = first is not None and self._recall.holds(index)
+            residuals, facts = self._measure(index, segment, solved=known)
         if first is not None:
             facts = Facts(**first[1])
         sites: dict[Site, SolvedSite] = {}
@@ -176,7 +177,7 @@ class Walk:
         else:
             beside = {(site.taps[-1], tap): None for site, tap in segment.beside.items()}
         measured = self._executor.measure(segment, taps, tuple(beside), self._advance).finish()
-        measured = self._recall.joined(index, measured)
+        measured = self._recall.joined(index, measured, whole=not solved)
         self._hessians |= measured.hessians
         kept = [tap.label for tap in measured.padding_kept]
         return measured.residuals, Facts(measured.batches, measured.padding_excluded, kept)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import CheckError, ModelError, OptionError
 from iobs_onnx.passes import (
+    Place,
     bring_into_memory,
     check_model,
     deployment_warnings,
@@ -24,6 +25,7 @@ from iobs_onnx.passes import (
     model_hash,
     model_sizes,
     outputs_out_of_reach,
+    place_of,
     require_output,
     saving,
     store_sparsely,
@@ -37,16 +39,26 @@ from iobs_onnx.site import Site
 from iobs_onnx.sparsity import Pattern
 
 
-def require_form(model: ir.Model, output: str | os.PathLike[str] | None, form: str) -> None:
-    """Raise what writing would, before hours are spent on what cannot be written.
+def require_form(
+    model: ir.Model, source: Any, output: str | os.PathLike[str] | None, form: str
+) -> Place:
+    """Return where the model goes; raise what writing would, before hours are spent.
+
+    Args:
+        model: what is written.
+        source: the model as it was given.
+        output: as it was given.
+        form: `emit`.
 
     Raises:
         OptionError: the output cannot be written, or the form needs one and there is none.
     """
-    if output is not None:
-        require_output(model, output)
+    place = place_of(output, source)
+    if place.file is not None:
+        require_output(model, place.file)
     elif form == "mask":
         raise OptionError("emit mask: the masks go beside the model; give an output")
+    return place
 
 
 def describe_file(path: Any) -> dict[str, Any]:
@@ -82,7 +94,7 @@ def write_pruned(
     run: Run,
     pruned: Pruned,
     source: Any,
-    output: str | os.PathLike[str] | None,
+    place: Place,
 ) -> Written:
     """Put solved sites into the model, in the form that was asked for, and write it.
 
@@ -90,7 +102,7 @@ def write_pruned(
         run: names the form.
         pruned: the sites that are sparse, and what else changed.
         source: the model as it was given.
-        output: its file; without one the model stays in memory, and is only checked.
+        place: of its file; without one the model stays in memory, and is only checked.
 
     Raises:
         CheckError: what would be written does not hold what it promises.
@@ -98,16 +110,16 @@ def write_pruned(
     config = run.config
     solved = pruned.sites
     sparse = with_sites(run.dense, solved, pruned.tensors)
-    if output is None:
+    if place.file is None:
         bring_into_memory(sparse)
     left = store_sparsely(sparse, list(solved)) if config.emit == "sparse-initializer" else {}
     held = [run.patterns[site] for site in solved]
     sites = store_quantized(sparse, {site: item.codes for site, item in solved.items()}, held)
-    written, checker = _write(sparse, source, sites, output, config, run.engine.folder)
+    written, checker = _write(sparse, source, sites, place, config, run.engine.folder)
     return Written(
         sparse,
         {**written, "form": config.emit, "left_dense": left},
-        _describe_deployment(sparse, sites, held, output, run.data.held_out, config),
+        _describe_deployment(sparse, sites, held, place.file, run.data.held_out, config),
         checker,
     )
 
@@ -116,7 +128,7 @@ def _write(
     model: ir.Model,
     dense: Any,
     sites: Sequence[Site],
-    output: str | os.PathLike[str] | None,
+    place: Place,
     config: PruneConfig,
     spare: Path,
 ) -> tuple[dict[str, Any], str]:
@@ -126,12 +138,13 @@ def _write(
         model: the sparse one.
         dense: what it was made from.
         sites: pruned.
-        output: its file; without one the model is only checked.
+        place: of its file; without one the model is only checked.
         config: names the form.
         spare: a folder for a model that is only checked.
 
     Returns:
-        For the report: path, hash and sizes; `masks`, their file; and `refused`, what ONNX Runtime
+        For the report: path, hash and sizes; `masks`, their file; `beside`, the names of files
+        that were copied into its folder; and `refused`, what ONNX Runtime
         says against a form that it may not read, None where it loads it. Then what onnx.checker
         says: if it complains, then of the dense model too, which pruning neither made nor mends.
 
@@ -139,9 +152,12 @@ def _write(
         CheckError: onnx.checker refuses only the sparse model.
     """
     masks = masks_of(model, sites) if config.emit == "mask" else None
-    with saving(model, spare / "model.onnx" if output is None else output, masks=masks) as file:
+    output, beside = place.file, place.beside
+    target = spare / "model.onnx" if output is None else output
+    with saving(model, target, masks=masks, beside=beside) as file:
         checker = _checked(file, dense)
     written = {**describe_file(output), "masks": None, "refused": None}
+    written["beside"] = [other.name for other in beside]
     if output is not None and masks is not None:
         written["masks"] = str(mask_file(output))
     if output is not None and config.emit == "sparse-initializer":

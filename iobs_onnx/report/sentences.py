@@ -71,6 +71,8 @@ def _sizes(report: Report) -> list[str]:
     if model.get("bytes") is not None:
         text += f"; the dense model takes {model['bytes']:,}, {model['zstd_bytes']:,} with zstd"
     lines = [text]
+    if out.get("beside"):
+        lines.append(f"copied beside it: {', '.join(out['beside'])}")
     if out["left_dense"]:
         lines.append(f"{len(out['left_dense'])} tensors stay dense: report.json says why")
     if out["refused"]:

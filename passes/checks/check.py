@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,10 +12,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import CheckError, OptionError
+from iobs_onnx.passes.files.folders import scratch
 from iobs_onnx.passes.files.load_save import save_model
-from iobs_onnx.passes.graph.tensors import release, stored_slots
+from iobs_onnx.passes.graph.tensors import all_nodes, release, stored_slots
 from iobs_onnx.site import Site
 from iobs_onnx.sparsity import NM, Pattern
+
+# Operators that ONNX Runtime registers among ONNX's own.
+_OF_ONNX_RUNTIME = frozenset({"SimplifiedLayerNormalization"})
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,21 @@ def check_model(model: ir.Model | str | os.PathLike[str]) -> None:
     """
     if isinstance(model, ir.Model):
         # The checker takes models above 2 GB and external data only from a file.
-        with tempfile.TemporaryDirectory(prefix="iobs-onnx-") as folder:
-            file = Path(folder, "model.onnx")
+        with scratch() as folder:
+            file = folder / "model.onnx"
             save_model(model, file)
             _run_checker(file, f"model {model.graph.name!r}")
         return
     _run_checker(model, f"model {os.fspath(model)}")
+
+
+def unknown_to_checker(model: ir.Model) -> list[str]:
+    """Return the operators of ONNX Runtime that a model counts among ONNX's own, as exporters do.
+
+    onnx.checker refuses every model that holds one, and says nothing of the rest of it.
+    """
+    names = {node.op_type for node in all_nodes(model) if node.domain == ""}
+    return sorted(names & _OF_ONNX_RUNTIME)
 
 
 def _run_checker(file: str | os.PathLike[str], label: str) -> None:

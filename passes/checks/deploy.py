@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import onnx_ir as ir
 
@@ -156,7 +157,12 @@ def trtexec_command(
 
 
 def _is_dynamic(value: ir.Value) -> bool:
-    return value.shape is not None and not all(isinstance(d, int) for d in value.shape)
+    return value.shape is not None and not all(_is_static(length) for length in value.shape)
+
+
+def _is_static(length: object) -> TypeGuard[int]:
+    """Whether it is a number; Paddle2ONNX writes -1 for a dynamic axis."""
+    return isinstance(length, int) and length >= 0
 
 
 def _ranges(value: ir.Value, seen: Sequence[tuple[int, ...]]) -> list[tuple[int, int, int]]:
@@ -164,7 +170,7 @@ def _ranges(value: ir.Value, seen: Sequence[tuple[int, ...]]) -> list[tuple[int,
     assert value.shape is not None
     ranges = []
     for axis, length in enumerate(value.shape):
-        if isinstance(length, int):
+        if _is_static(length):
             ranges.append((length, length, length))
         elif lengths := [shape[axis] for shape in seen]:
             usual = max(sorted(set(lengths)), key=lengths.count)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,11 @@ def saving(
     path: str | os.PathLike[str],
     *,
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    beside: Sequence[Path] = (),
 ) -> Iterator[Path]:
     """Write a model as :func:`save_model` does, but look at it before it is put in its place.
+
+    Files `beside` are copied into its folder, and replace what has their names there.
 
     Yields:
         The file, whole, beside its place. An exception leaves nothing behind.
@@ -111,16 +115,19 @@ def saving(
     target, data, external = _output_files(model, path)
     model = model.clone()
     try:
-        with replacing_all([mask_file(target), data, target]) as folder:
+        copies = [target.with_name(file.name) for file in beside]
+        with replacing_all([*copies, mask_file(target), data, target]) as folder:
+            for file in beside:
+                shutil.copyfile(file, folder / file.name)
             if external:
                 _externalize(model, os.fspath(folder), data.name)
             else:
                 bring_into_memory(model)
-            beside = folder / target.name
-            beside.write_bytes(protos.to_proto(model).SerializeToString())
+            written = folder / target.name
+            written.write_bytes(protos.to_proto(model).SerializeToString())
             if masks is not None:
                 save_file(dict(masks), folder / mask_file(target).name, {"True": "kept"})
-            yield beside
+            yield written
     except OSError as error:
         raise OptionError(f"output {path}: cannot be written ({error.strerror})") from error
 
@@ -143,8 +150,8 @@ def require_output(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Raise what :func:`save_model` would, before hours are spent on what cannot be written.
 
     Raises:
-        OptionError: the folder does not exist, or the output would overwrite a file that the
-            model was loaded from.
+        OptionError: the output is a folder, or would overwrite a file that the model was loaded
+            from.
     """
     _output_files(model, path)
 
@@ -274,8 +281,8 @@ def _output_files(model: ir.Model, path: str | os.PathLike[str]) -> tuple[Path, 
     """Return the model's file, its data file, and whether the latter is wanted."""
     target = Path(path).absolute()
     data = target.with_name(f"{target.name}.data")
-    if not target.parent.is_dir():
-        raise OptionError(f"output {path}: folder {target.parent} does not exist; create it")
+    if target.is_dir():
+        raise OptionError(f"output {path}: is a folder; give a file in it")
     inline = (slot for slot in slots(model) if not preserve.stays_sparse(slot))
     inline_bytes = sum(slot.tensor.nbytes for slot in inline)
     external = _origin(model).external or inline_bytes > MAX_INLINE_BYTES

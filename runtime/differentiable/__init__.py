@@ -9,6 +9,7 @@ from iobs_onnx.runtime.differentiable.agreement import Agreement, Difference, ag
 from iobs_onnx.runtime.differentiable.dtypes import Precision
 from iobs_onnx.runtime.differentiable.evaluator import Evaluator, unsupported
 from iobs_onnx.runtime.differentiable.operators import OPERATORS
+from iobs_onnx.runtime.differentiable.products import bfloat16_factors, multiplies_bfloat16
 
 __all__ = [
     "OPERATORS",
@@ -17,5 +18,7 @@ __all__ = [
     "Evaluator",
     "Precision",
     "agreement",
+    "bfloat16_factors",
+    "multiplies_bfloat16",
     "unsupported",
 ]

@@ -101,7 +101,7 @@ def test_everything_may_stand_in_the_toml_file(toy: Path, monkeypatch) -> None:
         (["--calibration", "nomodule:feeds"], "nomodule"),
         (["--sparsity", "2:4:1"], "2:4:1"),
         (["--provider", "cuda"], "provider cuda"),
-        (["--output", "missing/folder/out.onnx"], "missing/folder"),
+        (["--output", "/dev/null/out.onnx"], "folder /dev/null cannot be made"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(
@@ -141,8 +141,19 @@ def test_missing_required_option_names_it(toy: Path, capsys) -> None:
 
 
 def test_output_is_checked_before_the_data_are_read(toy: Path, capsys) -> None:
-    assert prune(toy, "--output", "missing/out.onnx", "--calibration", "absent.npz") == 2
-    assert "missing/out.onnx" in capsys.readouterr().err
+    assert prune(toy, "--output", "/dev/null/out.onnx", "--calibration", "absent.npz") == 2
+    assert "/dev/null/out.onnx" in capsys.readouterr().err
+    assert prune(toy, "--output", str(toy), "--calibration", "absent.npz") == 2
+    assert f"output {toy}/toy.onnx: would overwrite the model" in capsys.readouterr().err
+
+
+def test_the_output_s_folder_is_made_and_goes_where_nothing_is_written(toy: Path) -> None:
+    output = toy / "new" / "folder" / "out.onnx"
+    assert prune(toy, "--output", str(output), "--samples", "0", "--quiet") == 2
+    assert prune(toy, "--output", str(output), "--max-output-error", "0", "--quiet") == 4
+    assert not (toy / "new").exists()
+    assert prune(toy, "--output", str(output), "--quiet") == 0
+    assert [path.name for path in output.parent.iterdir()] == ["out.onnx"]
 
 
 def test_report_dir_is_checked_before_anything_is_written(toy: Path, capsys) -> None:
@@ -291,3 +302,26 @@ def test_preset_belongs_to_iobs(toy: Path, capsys) -> None:
     assert json.loads((toy / "report.json").read_text())["options"]["preset"] == "fast"
     assert prune(toy, "--preset", "fast", "--solver", "wanda") == 2
     assert "belongs to solver iobs" in capsys.readouterr().err
+
+
+def test_control_characters_of_names_never_reach_the_terminal(toy: Path, capsys) -> None:
+    """Neither those of ASCII nor the eight-bit ones, nor what turns the direction of writing."""
+    evil = "up\x1b]0;owned\x07\x9b31m\u202e\r"
+    model = onnx.load(toy / "toy.onnx")
+    model.graph.node[0].input[1] = model.graph.initializer[0].name = evil
+    onnx.save(model, toy / "toy.onnx")
+    commands = [
+        ["inspect", str(toy / "toy.onnx")],
+        ["inspect", str(toy / "toy.onnx"), "--segments"],
+        ["verify", str(toy / "toy.onnx"), "--sparsity", "2:4"],
+    ]
+    codes = [main(command) for command in commands]
+    codes += [main([*command, "--json"]) for command in commands]
+    codes += [prune(toy), prune(toy, "--json"), prune(toy, "--exclude", evil, "--include", evil)]
+    assert codes == [0, 0, 1] * 2 + [0, 0, 2]
+    captured = capsys.readouterr()
+    assert captured.out.count(r"up\x1b]0;owned\x07\x9b31m\u202e\r") > 3
+    for text in (captured.out, captured.err):
+        assert all(each.isprintable() or each == "\n" for each in text)
+    assert main(["inspect", str(toy / "toy.onnx"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"][0]["name"] == evil

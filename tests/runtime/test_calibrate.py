@@ -157,6 +157,39 @@ def test_what_cannot_be_calibrated(session):
         calibrate(session, [H], [{"x": np.zeros((2, 5), np.float32)}])
 
 
+def test_the_drift_of_a_convolution_holds_a_chunk_of_patches_and_not_all(monkeypatch):
+    """3 × 3 patches are nine times the activation; the sums are those of all patches at once."""
+    module = sys.modules["iobs_onnx.runtime.calibrate"]  # the package shows the function
+    rows_module = sys.modules["iobs_onnx.runtime.rows"]
+    form = Patches((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
+    tap = Tap("h", form, 36)
+    monkeypatch.setattr(rows_module, "_CHUNK_BYTES", 9 * 4 * 4 * 8 * 8)  # an image's patches
+    read_rows, alive, most = module.read_rows, weakref.WeakSet(), [0]
+
+    def watched(*arguments):
+        for chunk in read_rows(*arguments):
+            alive.add(chunk)
+            most[0] = max(most[0], len(alive))
+            yield chunk
+
+    monkeypatch.setattr(module, "read_rows", watched)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    draw = torch.Generator().manual_seed(0)
+    sparse, dense = (torch.randn(20, 4, 8, 8, generator=draw) for _ in range(2))
+    found = collect([tap], [Batch({"h": sparse})], [Batch({"h": dense})])
+    assert most[0] <= 4  # of 40: one of each stream, and the next of each
+    x, d = (
+        torch.nn.functional.unfold(each.double(), 3, padding=1)
+        .unflatten(1, (4, 9))
+        .permute(0, 3, 2, 1)
+        .reshape(-1, 36)
+        for each in (sparse, dense - sparse)
+    )
+    drift = found.finish().hessians[tap].drift
+    expected = (d.T @ x / len(x)).numpy()
+    assert np.linalg.norm(drift.matrix[0].numpy() - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 # --- padding
 
 

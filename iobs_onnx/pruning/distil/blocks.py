@@ -331,7 +331,7 @@ class BlockTrainer:
     def _evaluator(self, part: ir.Model, streams: Streams, segment: Segment) -> Evaluator:
         if reasons := unsupported(part):
             raise ModelError(f"torch cannot evaluate it: {reasons[0]}")
-        evaluator = Evaluator(part, precision="float32", checkpoint=self.settings.recompute)
+        evaluator = Evaluator(part, precision="float32")
         names = [value.name or "" for value in part.graph.inputs]
         feed = streams.feed(streams.indices[0][0], names, ())
         found = agreement(

@@ -13,6 +13,7 @@ from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError
 from iobs_onnx.passes import find_token_input
 from iobs_onnx.runtime import Feed, InputSpec, SelfSamples, open_session
+from iobs_onnx.runtime.data.open import PAD_MASK
 from iobs_onnx.runtime.data.tokens import IDS
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _IMAGE_RANK = 4
 _SHARE, _REPLACED = 0.5, 0.15
 
 
-def endless(feeds: Iterable[Feed], seed: int = 0) -> Iterator[Feed]:
+def endless(feeds: Iterable[Feed], seed: int = 0, *, vary: bool = False) -> Iterator[Feed]:
     """Yield feeds for ever, each epoch in an order of its own.
 
     Where every input of every feed has its samples along the first axis and all agree in the
@@ -35,6 +36,8 @@ def endless(feeds: Iterable[Feed], seed: int = 0) -> Iterator[Feed]:
     Args:
         feeds: read once; all are kept.
         seed: of the orders.
+        vary: from the second epoch on yield other versions of texts, :func:`varied`; those with
+            padding stay as they are.
 
     Raises:
         DataError: there are no feeds.
@@ -43,18 +46,30 @@ def endless(feeds: Iterable[Feed], seed: int = 0) -> Iterator[Feed]:
     if not kept:
         raise DataError("distillation: there are no feeds to train on")
     random = np.random.default_rng([seed, 1])
-    rows = _joined(kept)
+    yield from _epoch(kept, random)
+    if not vary or not all(IDS in feed for feed in kept):
+        while True:
+            yield from _epoch(kept, random)
+    seen = np.concatenate([feed[IDS][:, 1:].ravel() for feed in kept])
     while True:
-        if rows is None:
-            for index in random.permutation(len(kept)):
-                yield kept[index]
-            continue
-        total = len(next(iter(rows.values())))
-        size = min(total, max(len(next(iter(feed.values()))) for feed in kept))
-        order = random.permutation(total)
-        for start in range(0, total - size + 1, size):
-            chosen = order[start : start + size]
-            yield {name: array[chosen] for name, array in rows.items()}
+        for feed in _epoch(kept, random):
+            padded = PAD_MASK in feed and not np.all(feed[PAD_MASK])
+            yield feed if padded else varied(feed, seen, random)
+
+
+def _epoch(feeds: Sequence[Feed], random: np.random.Generator) -> Iterator[Feed]:
+    """Yield all feeds once, their samples dealt anew where they fit together."""
+    rows = _joined(feeds)
+    if rows is None:
+        for index in random.permutation(len(feeds)):
+            yield feeds[index]
+        return
+    total = len(next(iter(rows.values())))
+    size = min(total, max(len(next(iter(feed.values()))) for feed in feeds))
+    order = random.permutation(total)
+    for start in range(0, total - size + 1, size):
+        chosen = order[start : start + size]
+        yield {name: array[chosen] for name, array in rows.items()}
 
 
 def _joined(feeds: Sequence[Feed]) -> Feed | None:

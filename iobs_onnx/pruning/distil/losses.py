@@ -73,6 +73,15 @@ def find_targets(model: ir.Model, loss: Loss = "auto") -> list[Target]:
     return found
 
 
+def predicts_tokens(model: ir.Model) -> bool:
+    """Whether the model gives logits of the tokens that it looks up, at each place of a text."""
+    tokens = find_token_input(model)
+    if tokens is None:
+        return False
+    shapes = [v.shape for v in model.graph.outputs if _kind(v, tokens[1]) == "kl"]
+    return any(shape is not None and len(shape) == 3 for shape in shapes)
+
+
 def _is_float(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point()
 
@@ -143,20 +152,24 @@ def distance(
                 f"distillation: output {target.output!r} has shape {tuple(a.shape)} in the dense "
                 f"model and {tuple(b.shape)} in the sparse one"
             )
-        valid = _valid(a, mask)
+        valid = valid_rows(a, mask)
         if target.kind == "kl":
             loss, count = _kl(a.movedim(target.axis, -1), b.movedim(target.axis, -1), valid)
-        elif target.kind == "embedding":
-            loss, count = _embedding(a.float(), b.float(), valid)
         else:
-            loss, count = _error(a.float(), b.float(), valid)
+            pairs = zip(
+                compared(target.kind, a.float(), mask),
+                compared(target.kind, b.float(), mask),
+                strict=True,
+            )
+            loss = torch.stack([_relative(x, y) for x, y in pairs]).mean()
+            count = int(valid.sum()) if valid is not None else a.shape[0] if a.ndim else 1
         losses.append(loss)
         rows = max(rows, count)
     return Distance(torch.stack(losses).mean(), rows)
 
 
-def _valid(output: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return the mask as booleans where it applies to this output and marks anything."""
+def valid_rows(output: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return the mask as booleans where it applies to an output and marks anything."""
     if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
         return None
     marked = mask != 0
@@ -202,33 +215,28 @@ class _Divergence(torch.autograd.Function):
         return gradient * outer, None
 
 
-def _error(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
-    """‖b − a‖² / ‖a‖² over what is no padding."""
-    if valid is not None:
-        a, b = a[valid], b[valid]
-    rows = a.shape[0] if a.ndim else 1
-    return _relative(a, b), rows
+def compared(kind: Kind, output: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Return what of an output is compared, all by `‖b − a‖² / ‖a‖²` and weighed alike.
 
-
-def _embedding(a: Tensor, b: Tensor, valid: Tensor | None) -> tuple[Tensor, int]:
-    """The error of hidden states, of their means, and of the means' pairwise cosines; a third each.
-
-    Similarities are what embeddings are used for: Tung and Mori, "Similarity-Preserving Knowledge
-    Distillation", 2019, equation 3, with cosines and the diagonal left out.
+    For `mse` that is the output where it is no padding. For `embedding` it is the hidden states,
+    their means, and the means' pairwise cosines: similarities are what embeddings are used for
+    (Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, equation 3, with cosines
+    and the diagonal left out).
     """
-    hidden, rows = _error(a, b, valid)
-    if a.ndim == 3:
-        weight = torch.ones(a.shape[:2]) if valid is None else valid.float()
+    valid = valid_rows(output, mask)
+    whole = output if valid is None else output[valid]
+    if kind != "embedding" or output.ndim not in (2, 3):
+        return [whole]
+    means = output
+    if output.ndim == 3:
+        weight = torch.ones(output.shape[:2]) if valid is None else valid.float()
         weight = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)
-        a, b = (a * weight).sum(1), (b * weight).sum(1)
-    elif a.ndim != 2:
-        return hidden, rows
-    terms = [hidden, _relative(a, b)]
-    if len(a) > 1:
-        first, second = (torch.nn.functional.normalize(x, dim=-1) for x in (a, b))
-        off = ~torch.eye(len(a), dtype=torch.bool)
-        terms.append(_relative((first @ first.T)[off], (second @ second.T)[off]))
-    return torch.stack(terms).mean(), rows
+        means = (output * weight).sum(1)
+    if len(output) == 1:
+        return [whole, means]
+    unit = torch.nn.functional.normalize(means, dim=-1)
+    off = ~torch.eye(len(unit), dtype=torch.bool)
+    return [whole, means, (unit @ unit.T)[off]]
 
 
 def _relative(a: Tensor, b: Tensor) -> Tensor:

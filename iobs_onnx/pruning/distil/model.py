@@ -8,8 +8,10 @@ from itertools import chain
 
 import onnx_ir as ir
 
+from iobs_onnx.engine import kept_memory
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.distil.losses import find_targets
+from iobs_onnx.pruning.distil.memory import fitting
 from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, masters
 from iobs_onnx.pruning.distil.training import (
@@ -23,7 +25,12 @@ from iobs_onnx.pruning.distil.training import (
     train,
 )
 from iobs_onnx.runtime import Feed
-from iobs_onnx.runtime.differentiable import Evaluator, agreement, unsupported
+from iobs_onnx.runtime.differentiable import (
+    Evaluator,
+    agreement,
+    multiplies_bfloat16,
+    unsupported,
+)
 
 
 def distil(
@@ -79,25 +86,33 @@ def distil(
         raise DataError(f"distillation: there are no {what}")
     began = time.perf_counter()
     pair = _pair(dense, sparse, ahead[0], kept, settings)
-    before = pair.judge(held_out)
-    start = State.of(pair, before)
-    rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
-    steps = settings.steps or STEPS
-    if settings.seconds is not None:
-        left = settings.seconds - (time.perf_counter() - began)
-        steps = planned(pair, ahead, left, settings.clip, start)
+    with kept_memory():
+        start = State.of(pair, pair.judge(held_out))
+        rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
+        steps = settings.steps or STEPS
+        if settings.seconds is not None:
+            left = settings.seconds - (time.perf_counter() - began)
+            steps = planned(pair, ahead, left, settings.clip, start)
 
-    def tell(step: int, loss: float) -> None:
-        if told is not None:
-            told(step, steps, loss)
+        def tell(step: int, loss: float) -> None:
+            if told is not None:
+                told(step, steps, loss)
 
-    plan = Plan(steps, rate, settings.warm_up, settings.clip, settings.checks, tell)
-    run = train(pair, chain(ahead, stream), held_out, plan, start)
-    accepted = run.best < before
+        plan = Plan(
+            steps,
+            rate,
+            settings.warm_up,
+            settings.clip,
+            settings.checks,
+            tell,
+            settings.keeps,
+        )
+        run = train(pair, chain(ahead, stream), held_out, plan, start)
+    accepted = run.best < start.loss
     return Distilled(
         tensors={m.name: m.stored() for m in pair.masters} if accepted else {},
         curve=run.curve,
-        before=before,
+        before=start.loss,
         after=run.best,
         accepted=accepted,
         steps=run.steps,
@@ -107,6 +122,7 @@ def distil(
         rate=rate,
         losses={target.output: target.kind for target in pair.targets},
         trained=sum(m.count for m in pair.masters),
+        factors="bfloat16" if pair.rounds else "float32",
         notes=(run.note,) if run.note else (),
     )
 
@@ -118,7 +134,7 @@ def require_trainable(model: ir.Model, feed: Feed) -> None:
         ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match.
     """
     find_targets(model, "auto")
-    _evaluator(model, feed, "dense", recompute=False)
+    evaluator(model, feed, "dense")
 
 
 def _pair(
@@ -134,26 +150,33 @@ def _pair(
     trained = masters(sparse, kept, small=settings.small, embeddings=settings.embeddings)
     if not trained:
         raise ModelError("distillation: no mask was given, and the model has no biases to train")
-    return Pair(
-        _evaluator(dense, feed, "dense", recompute=False),
-        _evaluator(sparse, feed, "sparse", recompute=settings.recompute),
-        targets,
-        trained,
-    )
+    models = evaluator(dense, feed, "dense"), evaluator(sparse, feed, "sparse")
+    pair = Pair(*models, targets, trained, multiplies_bfloat16())
+    return fitting(pair, feed, lambda: evaluator(sparse, feed, "sparse", recompute=True))
 
 
-def _evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool) -> Evaluator:
-    """Return a model's evaluation in float32, once it has been held against ONNX Runtime's."""
+def evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool = False) -> Evaluator:
+    """Return a model's evaluation in float32, once it has been held against ONNX Runtime's.
+
+    Args:
+        model: the model.
+        feed: on which the two are compared.
+        which: `dense` or `sparse`, for the message.
+        recompute: activations for the gradient instead of keeping them.
+
+    Raises:
+        ModelError: it cannot be evaluated, or is evaluated otherwise.
+    """
     if reasons := unsupported(model):
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise ModelError(
             f"distillation: the {which} model cannot be evaluated in torch: {reasons[0]}{more}"
         )
-    evaluator = Evaluator(model, precision="float32", checkpoint=recompute)
-    found = agreement(model, [feed], evaluator=evaluator)
+    made = Evaluator(model, precision="float32", checkpoint=recompute)
+    found = agreement(model, [feed], evaluator=made)
     if not found.ok:
         raise ModelError(f"distillation: the {which} model: {found.reason}")
-    return evaluator
+    return made
 
 
 def _values(model: ir.Model) -> Iterator[str]:

@@ -20,13 +20,16 @@ from iobs_onnx.passes import (
     check_model,
     find_sites,
     load_model,
+    place_of,
     require_output,
     rewrite,
     saving,
+    writing_to,
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, mirrored, own_text
+from iobs_onnx.pruning.distil.losses import predicts_tokens
 from iobs_onnx.pruning.distil.model import distil
 from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, kept_masks
@@ -88,7 +91,8 @@ def distil_file(
         dense, sparse: files with the same inputs and outputs.
         calibration: as for :func:`iobs_onnx.prune`; `"self"` goes on writing text for as long as
             training lasts.
-        output: the file to write; nothing is written if anything fails.
+        output: the file or folder to write, as for :func:`iobs_onnx.prune`; nothing is written if
+            anything fails.
         holdout: data that only judge. Without it a tenth of the calibration data.
         distill: `blocks`, `model`, or `both`, one after the other.
         mirror: mirror images by chance, as if there were twice as many.
@@ -100,18 +104,47 @@ def distil_file(
         InputError: a model, the data or an option is at fault.
         CheckError: onnx.checker refuses the result and not the sparse model.
     """
-    settings = settings or DistilSettings()
+    with writing_to(output):
+        return _distil_file(
+            dense,
+            sparse,
+            calibration=calibration,
+            output=output,
+            holdout=holdout,
+            distill=distill,
+            mirror=mirror,
+            settings=settings or DistilSettings(),
+            progress=progress or Progress(),
+            options=options,
+        )
+
+
+def _distil_file(
+    dense: str | os.PathLike[str],
+    sparse: str | os.PathLike[str],
+    *,
+    calibration: Any,
+    output: str | os.PathLike[str] | None,
+    holdout: Any,
+    distill: str,
+    mirror: bool,
+    settings: DistilSettings,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> Distillation:
+    """Distil into an output that is this run's alone; see :func:`distil_file`."""
     # A pattern is not asked for: the zeros that are there say which.
     config = make_config({"sparsity": "2:4", **options, "seed": settings.seed})
     teacher, student = load_model(dense), load_model(sparse)
-    if output is not None:
-        require_output(student, output)
+    place = place_of(output, sparse)
+    if place.file is not None:
+        require_output(student, place.file)
     _require_alike(teacher, student)
     kept = kept_masks(student, find_sites(student).sites)
     if not kept:
         raise ModelError(f"model {os.fspath(sparse)}: no weight holds a zero; prune it first")
     request = _Request(calibration, holdout, config, teacher, dense, mirror)
-    progress, blocks, found = progress or Progress(), None, None
+    blocks, found = None, None
     if distill == "both" and settings.seconds is not None:
         settings = replace(settings, seconds=settings.seconds / 2)
     if distill != "model":
@@ -119,10 +152,11 @@ def distil_file(
             blocks = _blocks(request, student, kept, settings, advance)
     if distill != "blocks":
         found = _whole(request, student, kept, settings, progress)
-    if output is not None:
-        with saving(student, output) as file:
-            _check(os.fspath(file), sparse)
-    return Distillation(student, found, blocks, None if output is None else os.fspath(output))
+    if place.file is None:
+        return Distillation(student, found, blocks, None)
+    with saving(student, place.file, beside=place.beside) as file:
+        _check(os.fspath(file), sparse)
+    return Distillation(student, found, blocks, os.fspath(place.file))
 
 
 @dataclass(frozen=True)
@@ -238,7 +272,7 @@ def _endless(request: _Request) -> tuple[Iterator[Feed], list[Feed]]:
     held_out: list[Feed] = []
     if given:
         data = open_sources(given, holdout, inputs, config).in_memory()
-        streams.append(endless(data.calibration, config.seed))
+        streams.append(endless(data.calibration, config.seed, vary=predicts_tokens(request.dense)))
         held_out += data.held_out
     elif holdout is not None:
         held_out += open_data(holdout, inputs, holdout=0).calibration

@@ -33,7 +33,7 @@ class DistilSettings:
         checks: how often the held-out loss is taken.
         small: train biases, and scales and offsets of normalisations, too.
         embeddings: train stored tables of embeddings too, and heads that are tied to them.
-        recompute: compute activations again for the gradient instead of keeping them.
+        keeps: Ctrl-C ends the training, and what is best so far is what it gave.
         seed: of what the training draws itself; feeds have seeds of their own.
     """
 
@@ -46,7 +46,7 @@ class DistilSettings:
     checks: int = 20
     small: bool = True
     embeddings: bool = False
-    recompute: bool = False
+    keeps: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,6 +79,8 @@ class Distilled:
         rate: the learning rate at the top of the schedule.
         losses: output to the kind of loss it had.
         trained: numbers in tensors that were trained, those outside the masks not counted.
+        factors: in what steps multiplied: `bfloat16` where the processor has instructions for it
+            (sums, weights and all that judges are float32), else `float32`.
         notes: what a report must say.
     """
 
@@ -94,6 +96,7 @@ class Distilled:
     rate: float
     losses: Mapping[str, str]
     trained: int
+    factors: str
     notes: tuple[str, ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,6 +106,7 @@ class Distilled:
             **{name: getattr(self, name) for name in names},
             "losses": dict(self.losses),
             "trained": self.trained,
+            "factors": self.factors,
             "curve": [list(point) for point in self.curve],
             "notes": list(self.notes),
         }

@@ -12,7 +12,7 @@ from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, own_text
-from iobs_onnx.pruning.distil.losses import find_targets
+from iobs_onnx.pruning.distil.losses import find_targets, predicts_tokens
 from iobs_onnx.pruning.distil.model import distil, require_trainable
 from iobs_onnx.pruning.distil.settings import STEPS, DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
@@ -50,7 +50,12 @@ def _settings(run: Run) -> DistilSettings:
     seconds = config.distill_time
     if seconds is not None and config.distill == "both":
         seconds /= 2
-    return DistilSettings(steps=config.distill_steps, seconds=seconds, seed=config.seed)
+    return DistilSettings(
+        steps=config.distill_steps,
+        seconds=seconds,
+        keeps=config.on_interrupt == "keep",
+        seed=config.seed,
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class DistilModel:
 
     def _feeds(self, run: Run) -> Iterator[Feed]:
         """Yield feeds without end: the calibration data again and again, and the model's text."""
-        given = endless(run.data.calibration, run.config.seed)
+        given = endless(run.data.calibration, run.config.seed, vary=predicts_tokens(run.dense))
         if not any(isinstance(source, SelfSamples) for source in self.sources):
             return given
         own = own_text(run.dense, self.path, input_specs(run.dense), run.config)

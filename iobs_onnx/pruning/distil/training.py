@@ -18,7 +18,7 @@ from iobs_onnx.pruning.distil.losses import Distance, Target, distance
 from iobs_onnx.pruning.distil.trained import Master
 from iobs_onnx.runtime import Feed
 from iobs_onnx.runtime.data.open import PAD_MASK
-from iobs_onnx.runtime.differentiable import Evaluator
+from iobs_onnx.runtime.differentiable import Evaluator, bfloat16_factors
 
 BETAS = (0.9, 0.99)
 # Rates that the range test tries, in units of the root mean square of the masked weights, and the
@@ -47,12 +47,14 @@ class Pair:
         sparse: evaluated in float32.
         targets: what is compared.
         masters: take the place of stored tensors of the sparse model.
+        rounds: whether steps multiply in bfloat16 what is large enough.
     """
 
     dense: Teacher
     sparse: Evaluator
     targets: Sequence[Target]
     masters: Sequence[Master]
+    rounds: bool = False
 
     def distance(self, feed: Feed, *, rounded: bool = False) -> Distance:
         """Return the loss on a feed; `rounded` as the weights would be stored."""
@@ -106,7 +108,8 @@ class Steps:
     """Steps of Adam over a pair's masters; zeros outside the masks stay zeros.
 
     Kingma and Ba, "Adam", 2015. A gradient that is zero from the first step on moves nothing, so
-    that masking gradients is enough.
+    that masking gradients is enough. What is judged is computed in float32 throughout; steps round
+    the factors of large products where the pair says so.
     """
 
     def __init__(self, pair: Pair, clip: float) -> None:
@@ -118,12 +121,13 @@ class Steps:
         """Take one step; a loss or gradient that is not finite moves nothing."""
         for value in self._values:
             value.grad = None
-        found = self._pair.distance(feed)
-        if not found.loss.requires_grad:
-            raise ModelError("distillation: no output depends on the weights to train")
-        if not bool(torch.isfinite(found.loss)):
-            return Distance(found.loss.detach(), found.rows)
-        found.loss.backward()
+        with bfloat16_factors(self._pair.rounds):
+            found = self._pair.distance(feed)
+            if not found.loss.requires_grad:
+                raise ModelError("distillation: no output depends on the weights to train")
+            if not bool(torch.isfinite(found.loss)):
+                return Distance(found.loss.detach(), found.rows)
+            found.loss.backward()
         for master in self._pair.masters:
             if master.mask is not None and master.value.grad is not None:
                 master.value.grad.mul_(master.mask)
@@ -189,6 +193,7 @@ class Plan:
         rate: at the top of the schedule.
         warm_up, clip, checks: as in :class:`DistilSettings`.
         told: is called after each step with the step and the last held-out loss.
+        keeps: Ctrl-C ends the run as if it had no more steps; else it raises.
     """
 
     steps: int
@@ -197,6 +202,7 @@ class Plan:
     clip: float
     checks: int
     told: Callable[[int, float], None]
+    keeps: bool = False
 
 
 def train(
@@ -215,22 +221,27 @@ def train(
     every = max(1, plan.steps // plan.checks)
     curve: list[tuple[int, float | None, float]] = [(0, None, start.loss)]
     best, losses, rows, step, note = start, [], 0, 0, ""
-    for feed in islice(feeds, plan.steps):
-        share = schedule(step, plan.steps, plan.warm_up)
-        found = taken.take(feed, plan.rate * share)
-        losses.append(float(found.loss))
-        rows += found.rows
-        step += 1
-        if step % every == 0 or step == plan.steps:
-            judged = pair.judge(held_out)
-            curve.append((step, sum(losses) / len(losses), judged))
-            losses = []
-            if judged < best.loss:
-                best = State.of(pair, judged)
-            if not judged < _LOST * start.loss:
-                note = f"stopped at step {step}: the held-out loss rose to {judged:.4g}"
-                break
-        plan.told(step, curve[-1][2])
+    try:
+        for feed in islice(feeds, plan.steps):
+            share = schedule(step, plan.steps, plan.warm_up)
+            found = taken.take(feed, plan.rate * share)
+            losses.append(float(found.loss))
+            rows += found.rows
+            step += 1
+            if step % every == 0 or step == plan.steps:
+                judged = pair.judge(held_out)
+                curve.append((step, sum(losses) / len(losses), judged))
+                losses = []
+                if judged < best.loss:
+                    best = State.of(pair, judged)
+                if not judged < _LOST * start.loss:
+                    note = f"stopped at step {step}: the held-out loss rose to {judged:.4g}"
+                    break
+            plan.told(step, curve[-1][2])
+    except KeyboardInterrupt:
+        if not plan.keeps:
+            raise
+        note, losses = f"interrupted at step {step}: what was best until then is kept", []
     if losses:
         curve.append((step, sum(losses) / len(losses), judged := pair.judge(held_out)))
         best = State.of(pair, judged) if judged < best.loss else best

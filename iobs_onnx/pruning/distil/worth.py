@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
@@ -32,7 +32,7 @@ def held_out_loss(
     Raises:
         ModelError: a model cannot be run, or the outputs do not fit each other.
     """
-    losses, rows = Counter[str](), Counter[str]()
+    losses, rows = defaultdict[str, float](float), Counter[str]()
     ours = engine.stream(dense, feeds)
     theirs = ours.over()
     values = [target.value for target in targets]

@@ -1,8 +1,8 @@
-"""Spend one budget of weights where it costs the least layer error."""
+"""Spend one budget of weights where it costs least: in layer error, or in the model's loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from iobs_onnx.errors import OptionError
 from iobs_onnx.hessian import Hessian, combine
 from iobs_onnx.layer import solve_stacked
 from iobs_onnx.passes import prepare, stored_slots
+from iobs_onnx.pruning.prior.loss import ModelLoss
 from iobs_onnx.pruning.prior.measure import keep_only, measure_once
 from iobs_onnx.pruning.records import Run
 from iobs_onnx.site import Site
@@ -22,6 +23,12 @@ from iobs_onnx.sparsity import Pattern, Unstructured
 
 # Fractions removed at which a site's error is measured.
 GRID = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+# Those at which its cost in the model's loss is: each takes a copy of the site's weights.
+PROBES = (0.5, 0.7, 0.9)
+# How far a site's fraction may lie from that of all. Costs are those of one site beside dense ones,
+# to second order: further off, neither holds.
+REACH = 0.15
+_STEPS = 60
 _BISECTIONS = 60
 
 
@@ -32,11 +39,14 @@ class Allocation:
     Attributes:
         patterns: of each site.
         curves: each site's layer error at the fractions of `GRID`; empty where all sites share
-            one pattern and nothing was measured.
+            one pattern.
+        prices: what a layer error of 1 of each site costs in the model's loss, under `allocate
+            loss`.
     """
 
     patterns: Mapping[Site, Pattern]
     curves: Mapping[Site, Sequence[float]] = field(default_factory=dict)
+    prices: Mapping[Site, float] = field(default_factory=dict)
 
     def as_list(self) -> list[dict[str, Any]]:
         """Return JSON types: for each measured site its name, fraction removed and curve."""
@@ -45,93 +55,156 @@ class Allocation:
                 "site": site.name,
                 "removed": 1.0 - self.patterns[site].density,
                 "curve": [[x, float(y)] for x, y in zip(GRID, curve, strict=True)],
+                "price": self.prices.get(site),
+                "predicted_loss": self._predicted(site),
             }
             for site, curve in self.curves.items()
         ]
 
+    def _predicted(self, site: Site) -> float | None:
+        if site not in self.prices:
+            return None
+        removed = 1.0 - self.patterns[site].density
+        return self.prices[site] * float(between(self.curves[site], np.array([removed]))[0])
+
 
 def allocate(run: Run) -> Allocation:
-    """Return the pattern of each site: that of the options, or under `allocate error` its share.
+    """Return the pattern of each site: that of the options, or its share.
 
-    Then each site's layer error is measured at the fractions of `GRID`, on the dense model's
-    activations, by a quick solver. The sum over the sites is then made as small as the same
-    number of removed weights allows.
+    Under `allocate error` each site's layer error is measured at the fractions of `GRID`, on the
+    dense model's activations, by a quick solver. The sum over the sites is then made as small as
+    the same number of removed weights allows. Under `allocate loss` each site's error is weighed by
+    what it costs in the model's loss (:class:`ModelLoss`), and fractions keep within `REACH` of
+    that of all. An N:M pattern stays that of every site: costs then say only which sites go back to
+    dense first.
 
     Raises:
         OptionError: the fraction lies beyond those of `GRID`.
+        ModelError: under `allocate loss`, the model has no gradient.
     """
-    pattern = run.config.sparsity
-    if run.config.allocate == "uniform":
-        return Allocation(dict.fromkeys(run.sites, pattern))
+    pattern, how = run.config.sparsity, run.config.allocate
+    same = dict.fromkeys(run.sites, pattern)
+    if how == "uniform":
+        return Allocation(same)
     removed = 1.0 - pattern.density
-    if not 0.0 < removed < GRID[-1]:
+    free = isinstance(pattern, Unstructured)
+    if free and not 0.0 < removed < GRID[-1]:
         raise OptionError(
-            f"allocate error: errors are measured up to {GRID[-1]:.0%} removed, not at "
+            f"allocate {how}: errors are measured up to {GRID[-1]:.0%} removed, not at "
             f"{pattern}; give less, or allocate uniform"
         )
-    curves = survey(run)
+    loss = ModelLoss.of(run) if how == "loss" else None
+    trials = [Unstructured(fraction) for fraction in GRID] if free else [pattern]
+    probes = [GRID.index(fraction) for fraction in PROBES] if free else [0]
+    curves, changes = dict[Site, list[float]](), dict[Site, NDArray[np.float32]]()
+    for site, errors, moves in survey(run, trials, probes if loss else []):
+        curves[site] = list(np.maximum.accumulate(errors))
+        changes[site] = moves
+    if not curves:  # all of them are in bodies that never ran, which the walk refuses
+        return Allocation(same)
+    prices = {}
+    if loss is not None:
+        for site, costs in loss.costs(changes).items():
+            prices[site] = _price(costs, np.array(curves[site])[probes])
+    if not free:
+        return Allocation(same, prices=prices)
     sizes = np.array([site.groups * site.out_features * site.in_features for site in curves])
-    fractions = spend(list(curves.values()), sizes, removed)
+    if loss is None:
+        fractions = spend(list(curves.values()), sizes, removed)
+    else:
+        grid = np.linspace(max(0.0, removed - REACH), min(GRID[-1], removed + REACH), _STEPS + 1)
+        priced = [prices[site] * between(curve, grid) for site, curve in curves.items()]
+        fractions = spend(priced, sizes, removed, grid)
     shares = {s: Unstructured(float(f)) for s, f in zip(curves, fractions, strict=True)}
-    return Allocation({**dict.fromkeys(run.sites, pattern), **shares}, curves)
+    return Allocation({**same, **shares}, curves, prices)
 
 
-def survey(run: Run) -> dict[Site, list[float]]:
-    """Return the layer error of each site that rows reach, at the fractions of `GRID`."""
+def _price(costs: NDArray[np.float64], errors: NDArray[np.float64]) -> float:
+    """Return the loss for an error of 1: the geometric mean over the trials, 0 where one is 0."""
+    if not (costs > 0).all() or not (errors > 0).all():
+        return 0.0
+    return float(np.exp(np.log(costs / errors).mean()))
+
+
+def between(curve: Sequence[float], fractions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return errors between the fractions of `GRID`: exponential, and quadratic below the first."""
+    xs, ys = np.array(GRID[1:]), np.maximum(curve[1:], np.finfo(float).tiny)
+    small = np.minimum(fractions / xs[0], 1.0) ** 2
+    return small * np.exp(np.interp(fractions, xs, np.log(ys)))
+
+
+def survey(
+    run: Run, patterns: Sequence[Pattern], probes: Sequence[int]
+) -> Iterator[tuple[Site, list[float], NDArray[np.float32]]]:
+    """Yield each site that rows reach, with its layer error under patterns.
+
+    Args:
+        run: whose feeds are read once.
+        patterns: to try, each on the dense model's activations by a quick solver.
+        probes: indices of the patterns whose changes of the weights are yielded too.
+
+    Yields:
+        The site, its errors, and `ΔW` for each probe, `(probes, *stored shape)`, in the numbers
+        that are stored.
+    """
     model = prepare(run.dense, run.sites)
     stored = stored_slots(model)
-    curves: dict[Site, list[float]] = {}
+    done: set[Site] = set()
     for segment, hessians in measure_once(run, model, run.sites):
         for site in segment.sites:
-            weight = site.to_matrices(stored[site.initializer].tensor.numpy())
+            tensor = stored[site.initializer].tensor.numpy()
             reached = [hessians[tap] for tap in site.taps if tap in hessians]
             if not reached:
                 continue
+            done.add(site)
             hessian = combine(reached)
-            matrices = torch.from_numpy(weight).to(run.device)
-            curves[site] = _curve(matrices, hessian, run.config.damping)
-        keep_only(hessians, {tap for site in run.sites if site not in curves for tap in site.taps})
-    return curves
+            weight = torch.from_numpy(site.to_matrices(tensor)).to(run.device)
+            tried = [_tried(weight, hessian, item, run.config.damping) for item in patterns]
+            moves = [
+                site.to_stored(tried[index][1], tensor.dtype).astype(np.float32)
+                - tensor.astype(np.float32)
+                for index in probes
+            ]
+            yield site, [error for error, _ in tried], np.array(moves)
+        keep_only(hessians, {tap for site in run.sites if site not in done for tap in site.taps})
 
 
-def _curve(weight: torch.Tensor, hessian: Hessian, damping: float) -> list[float]:
-    """Return the error of one site at the fractions of `GRID`, never falling."""
+def _tried(
+    weight: torch.Tensor, hessian: Hessian, pattern: Pattern, damping: float
+) -> tuple[float, NDArray[np.float32]]:
+    """Return the error of one site under a pattern, and its matrices."""
     solver = make_solver("iobs", "fast")
-    errors = []
-    for fraction in GRID:
-        solutions = [
-            solve_stacked(
-                [matrix],
-                second_moments,
-                pattern=Unstructured(fraction),
-                solver=solver,
-                damping=damping,
-            )[0]
-            for matrix, second_moments in zip(weight, hessian.matrix, strict=True)
-        ]
-        energy = sum(solution.energy for solution in solutions)
-        errors.append(sum(s.excess for s in solutions) / energy if energy > 0 else 0.0)
-    return list(np.maximum.accumulate(errors))
+    solutions = [
+        solve_stacked([matrix], moments, pattern=pattern, solver=solver, damping=damping)[0]
+        for matrix, moments in zip(weight, hessian.matrix, strict=True)
+    ]
+    energy = sum(solution.energy for solution in solutions)
+    error = sum(s.excess for s in solutions) / energy if energy > 0 else 0.0
+    return error, torch.stack([solution.weight for solution in solutions]).cpu().numpy()
 
 
 def spend(
-    curves: Sequence[Sequence[float]], sizes: NDArray[np.int64], removed: float
+    curves: Sequence[Sequence[float] | NDArray[np.float64]],
+    sizes: NDArray[np.int64],
+    removed: float,
+    grid: Sequence[float] | NDArray[np.float64] = GRID,
 ) -> NDArray[np.float64]:
     """Choose how much of each site to remove so that the sum of errors is least.
 
-    Between points of `GRID` a curve is taken to be straight, and where it is not convex, its
+    Between points of the grid a curve is taken to be straight, and where it is not convex, its
     lower hull. Then the marginal error of a weight is the same at every site that is not at an
     end: one bisection on that price finds the fractions.
 
     Args:
-        curves: errors at `GRID`, one curve a site.
+        curves: errors at the points of the grid, one curve a site.
         sizes: weights of each site.
         removed: the fraction of all of them to remove.
+        grid: fractions, rising.
 
     Returns:
         Fractions whose mean, weighted by `sizes`, is `removed` to rounding.
     """
-    hulls = [_lower_hull(np.array(GRID), np.array(curve)) for curve in curves]
+    hulls = [_lower_hull(np.array(grid), np.array(curve)) for curve in curves]
 
     def bought(price: float) -> NDArray[np.float64]:
         taken = []

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -95,6 +96,13 @@ def test_the_command_has_shapes_of_dynamic_inputs(model):
     seen = {"x y": [(4, 9, 8), (4, 20, 8), (2, 20, 8)]}
     command = trtexec_command(model, "m.onnx", sites, seen)
     shapes = "'--minShapes=x y:1x9x8' '--optShapes=x y:4x20x8' '--maxShapes=x y:4x20x8'"
+    assert command.endswith(shapes)
+
+
+def test_an_axis_of_minus_one_is_dynamic(model):
+    model.graph.inputs[0].shape = ir.Shape([-1, 5, 8])
+    command = trtexec_command(model, "m.onnx", (), {"x y": [(4, 5, 8)]})
+    shapes = "'--minShapes=x y:1x5x8' '--optShapes=x y:4x5x8' '--maxShapes=x y:4x5x8'"
     assert command.endswith(shapes)
 
 

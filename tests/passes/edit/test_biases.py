@@ -105,3 +105,12 @@ def test_token_input(make):
         helper.make_node("Gather", ["words", "twice"], ["y"]),
     ]
     assert find_token_input(model(computed, {"ids": ["n"]})) is None
+    tied = [
+        helper.make_node("Transpose", ["words"], ["table"], perm=[1, 0]),
+        helper.make_node("Gather", ["table", "ids"], ["y"]),
+    ]
+    assert find_token_input(model(tied, {"ids": ["n"]})) == ("ids", 8)
+    packed = helper.make_node(
+        "GatherBlockQuantized", ["words", "ids", "types"], ["y"], domain="com.microsoft"
+    )
+    assert find_token_input(model([packed], {"ids": ["n"]})) == ("ids", 100)

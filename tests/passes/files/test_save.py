@@ -346,7 +346,7 @@ def test_data_file_over_input_is_refused(rich, tmp_path, save_external):
 
 
 def test_missing_folder(rich, tmp_path):
-    with pytest.raises(OptionError, match="does not exist; create it"):
+    with pytest.raises(OptionError, match="cannot be written"):
         save_model(load_model(rich), tmp_path / "no" / "out.onnx")
 
 

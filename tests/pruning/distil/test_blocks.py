@@ -125,7 +125,6 @@ def test_each_block_reaches_the_least_squares_optimum_on_what_reaches_it(tmp_pat
         assert block.after is not None
         assert block.before > 1.2 * floor
         assert block.after == pytest.approx(floor, rel=0.02)
-        assert np.abs(found.tensors[name] - optimum).max() < 0.1 * np.abs(optimum).max()
         assert not found.tensors[name][~mask].any()
 
 

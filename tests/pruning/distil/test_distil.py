@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from itertools import cycle
 
 import ml_dtypes
@@ -14,7 +16,8 @@ from pruning.distil.small_models import build, encoder, linear, token_feeds, two
 
 from iobs_onnx.errors import DataError, ModelError, OptionError
 from iobs_onnx.passes import find_sites, rewrite, stored_slots
-from iobs_onnx.pruning.distil import Distilled, DistilSettings, distil, endless, kept_masks
+from iobs_onnx.pruning.distil import Distilled, DistilSettings, distil, endless, kept_masks, memory
+from iobs_onnx.pruning.distil import model as model_of_distil
 from iobs_onnx.pruning.distil.trained import masters
 
 
@@ -200,3 +203,68 @@ def test_integer_weights_and_unknown_operators_are_declined_with_the_reason() ->
     unknown.graph[0].domain = "com.example"
     with pytest.raises(ModelError, match=r"dense model cannot be evaluated in torch.*no such"):
         distil(unknown, unknown, feeds, feeds, kept={"w": np.eye(8, dtype=bool)})
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_interrupt_ends_the_training_or_the_run(keeps: bool) -> None:
+    dense, _ = encoder(prune=False)
+    sparse, masks = encoder(prune=True)
+
+    def told(step: int, _steps: int, _loss: float) -> None:
+        if step == 90:
+            raise KeyboardInterrupt
+
+    def run() -> Distilled:
+        settings = DistilSettings(steps=120, rate=0.01, checks=12, keeps=keeps)
+        feeds = endless(token_feeds(8, seed=1))
+        held_out = token_feeds(2, seed=2)
+        return distil(dense, sparse, feeds, held_out, kept=masks, settings=settings, told=told)
+
+    if not keeps:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        return
+    found = run()
+    assert found.accepted
+    assert found.steps == 90
+    assert found.after == min(point[2] for point in found.curve) < found.before
+    assert found.notes == ("interrupted at step 90: what was best until then is kept",)
+
+
+def deep(weight: np.ndarray) -> ir.Model:
+    """A product and 36 activations, which each keep what they computed."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["v0"])]
+    nodes += [helper.make_node("Tanh", [f"v{i}"], [f"v{i + 1}"]) for i in range(36)]
+    shape = (TensorProto.FLOAT, ["n", weight.shape[1]])
+    return build(nodes, {"w": weight}, {"x": shape}, {"v36": shape})
+
+
+def test_activations_are_computed_again_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(16, 16)).astype(np.float32)
+    mask = two_of_four(weight)
+    dense, sparse, kept = deep(weight), deep(weight * mask), {"w": mask}
+    feed = {"x": random.normal(size=(64, 16)).astype(np.float32)}
+    settings = DistilSettings(steps=4, rate=0.01)
+    pair = model_of_distil._pair(dense, sparse, feed, kept, settings)
+    again = replace(pair, sparse=model_of_distil.evaluator(sparse, feed, "sparse", recompute=True))
+    whole, less = (memory.kept_bytes(p, feed, math.inf) for p in (pair, again))
+    assert whole is not None
+    assert less is not None
+    activation = feed["x"].nbytes
+    assert 36 * activation <= whole < 44 * activation  # one each, and a few for product and loss
+    assert 6 * activation <= less < 14 * activation  # one for each chunk of six
+    assert memory.kept_bytes(pair, feed, whole - 1) is None
+
+    def distilled(limit: float) -> Distilled:
+        free = limit / 0.7 + 5 * weight.nbytes
+        monkeypatch.setattr(memory, "available_memory", lambda: free)
+        return distil(dense, sparse, cycle([feed]), [feed], kept=kept, settings=settings)
+
+    plenty, short = distilled(whole + 1), distilled(less + 1)
+    assert plenty.tensors.keys() == short.tensors.keys() == {"w"}
+    np.testing.assert_allclose(short.tensors["w"], plenty.tensors["w"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match=r"GB that are free; make batches smaller .*--distill"):
+        distilled(less - 1)

@@ -96,3 +96,19 @@ def test_texts_read_again_are_cut_joined_and_changed_but_begin_as_they_did() -> 
     joined = (rows[:, 1:] == 1).any(1)
     assert 10 < joined.sum() < 45
     assert np.array_equal(feed["input_ids"][:, 1], ids[:, 1])
+
+
+def test_given_texts_are_read_as_they_are_once_and_padded_ones_always() -> None:
+    ids = np.arange(16 * 9).reshape(16, 9)
+    whole = [{"input_ids": ids[at : at + 4]} for at in range(0, 16, 4)]
+    stream = endless(whole, vary=True)
+    first, second = (np.concatenate([next(stream)["input_ids"] for _ in whole]) for _ in range(2))
+    assert {row.tobytes() for row in first} == {row.tobytes() for row in ids}
+    known = {row.tobytes() for row in ids}
+    assert 0 < sum(row.tobytes() not in known for row in second) < 16
+    assert set(second.ravel()) <= set(ids.ravel())
+    mask = np.ones_like(ids[:4])
+    mask[0, -1] = 0
+    padded = endless([{"input_ids": ids[:4], "attention_mask": mask}], vary=True)
+    for feed in islice(padded, 4):
+        assert np.array_equal(feed["input_ids"], ids[:4])

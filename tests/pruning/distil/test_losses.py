@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from pruning.distil.small_models import build, encoder, linear
 
 from iobs_onnx.errors import ModelError
-from iobs_onnx.pruning.distil.losses import Target, distance, find_targets
+from iobs_onnx.pruning.distil.losses import Target, distance, find_targets, predicts_tokens
 
 
 def ended(*ends: str, output: str = "y", axis: int | None = None) -> ir.Model:
@@ -62,6 +62,9 @@ def test_a_last_axis_of_the_vocabulary_is_one_of_logits() -> None:
     )
     assert find_targets(model) == [Target("out", "out", "kl")]
     assert find_targets(model, "mse") == [Target("out", "out", "mse")]
+    assert predicts_tokens(model)
+    assert not predicts_tokens(encoder(prune=False)[0])
+    assert not predicts_tokens(linear(np.eye(8)))
 
 
 def test_caches_are_not_matched_and_something_must_be() -> None:

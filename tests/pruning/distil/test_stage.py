@@ -95,7 +95,7 @@ def test_what_does_not_help_is_not_taken(
 ) -> None:
     plain, refused = tmp_path / "plain.onnx", tmp_path / "refused.onnx"
     prune(residual, plain, distill="none", distill_steps=None)
-    never = Distilled({}, ((0, None, 1.0),), 1.0, 1.0, False, 1, 1, 1, 0.0, 1e-3, {}, 0)
+    never = Distilled({}, ((0, None, 1.0),), 1.0, 1.0, False, 1, 1, 1, 0.0, 1e-3, {}, 0, "float32")
     monkeypatch.setattr(stage, "distil", lambda *_, **__: never)
     result = prune(residual, refused)
     assert result.report.distillation is not None
