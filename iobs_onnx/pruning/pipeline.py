@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import Data, input_specs
-from iobs_onnx.site import Candidates, Declined, Site
+from iobs_onnx.site import Candidates, Declined
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -163,7 +163,8 @@ def _prune(
         rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
-        final = _finished(rounds, rounded.pruned, sources, model, allocation.prices, progress)
+        left = LeaveDense(judge, allocation.prices)
+        final = _finished(rounds, rounded.pruned, DistilModel(sources, model), left, progress)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, place)
         report = build_report(
@@ -225,9 +226,8 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
 def _finished(
     rounds: Rounds,
     pruned: Pruned,
-    sources: Sequence[Any],
-    model: Model,
-    prices: Mapping[Site, float],
+    whole: DistilModel,
+    leave_dense: LeaveDense,
     progress: Progress,
 ) -> Pruned:
     """Do what is done to the whole model after the last round: distil, round, leave dense."""
@@ -237,7 +237,7 @@ def _finished(
     if config.distill in ("blocks", "both"):
         training.append(DistilBlocks(checkpoint))
     if config.distill in ("model", "both"):
-        training.append(DistilModel(sources, model))
+        training.append(whole)
     pruned = finish.stages(pruned, training)
     if training and config.quantize is not None:
         with progress.stage("round", None) as advance:
@@ -245,7 +245,7 @@ def _finished(
                 run, rounds.route, pruned, judge=judge, checkpoint=checkpoint, advance=advance
             )
     bounded = config.budget_error is not None or config.min_metric is not None
-    return finish.stages(pruned, [LeaveDense(judge, prices)] if bounded else [])
+    return finish.stages(pruned, [leave_dense] if bounded else [])
 
 
 def _distillation(final: Pruned) -> dict[str, Any] | None:
