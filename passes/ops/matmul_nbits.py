@@ -8,7 +8,8 @@ from iobs_onnx.passes.graph.attributes import integer
 from iobs_onnx.passes.graph.layout import Layout
 from iobs_onnx.passes.graph.tensors import constant_array
 from iobs_onnx.passes.ops.use import Handler, Read, Use, operand, optional
-from iobs_onnx.site import Packed, Rows
+from iobs_onnx.site import Rows
+from iobs_onnx.site.grid import Packed
 
 
 def describe(node: ir.Node, weight: int, layout: Layout) -> Use | str:
@@ -16,7 +17,7 @@ def describe(node: ir.Node, weight: int, layout: Layout) -> Use | str:
     outputs, inputs = integer(node, "N", 0), integer(node, "K", 0)
     bits, block = integer(node, "bits", 4), integer(node, "block_size", 0)
     if bits not in (2, 4, 8) or block <= 0 or outputs <= 0 or inputs <= 0:
-        return f"{bits} bits in blocks of {block}: only 2, 4 and 8 bits are read"
+        return f"packed as {bits} bits in blocks of {block}: only 2, 4 and 8 bits are read"
     if optional(node, 4) is not None:
         return "its inputs are in another order (g_idx)"
     blocks = -(-inputs // block)

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes.graph.layout import Layout
-from iobs_onnx.site import Packed, RowForm
+from iobs_onnx.site import RowForm
+from iobs_onnx.site.grid import Packed
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from iobs_onnx.passes.sites.candidates import PRUNABLE_DTYPES, Candidate, find_c
 from iobs_onnx.passes.sites.out_of_reach import out_of_reach
 from iobs_onnx.passes.sites.value_preserving import INTEGERS, Path
 from iobs_onnx.passes.taps.bodies import Bodies
-from iobs_onnx.site import Candidates, Declined, Packed, Quantized, Routed, Site, Stacked, Tap
+from iobs_onnx.site import Candidates, Declined, Routed, Site, Stacked, Tap
+from iobs_onnx.site.grid import Packed, Quantized
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from iobs_onnx.passes.graph.attributes import integer, integers
 from iobs_onnx.passes.graph.layout import Factor, Layout
 from iobs_onnx.passes.graph.tensors import constant_array, stored_slot
-from iobs_onnx.site import Quantized
+from iobs_onnx.site.grid import Quantized
 
 INTEGERS = frozenset(
     {

@@ -105,7 +105,9 @@ def test_the_documents_hold_the_table():
 
 
 def test_every_handler_is_in_the_table():
-    assert {(o.domain, o.op_type) for o in OPERATORS.values()} == set(OP_HANDLERS)
+    # Weights that a node unpacks itself come in one form: test_packed.py.
+    plain = {key for key, handler in OP_HANDLERS.items() if not handler.packed}
+    assert {(o.domain, o.op_type) for o in OPERATORS.values()} == plain
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from iobs_onnx.passes import check_pattern, find_sites, load_model, rewrite, stored_slots
-from iobs_onnx.site import Quantized
+from iobs_onnx.site.grid import Quantized
 from iobs_onnx.sparsity import NM
 
 RNG = np.random.default_rng(0)

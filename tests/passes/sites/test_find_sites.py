@@ -144,7 +144,7 @@ def test_reading_the_shape_is_no_use(make):
         (
             [helper.make_node("MatMulNBits", ["x", "w"], ["y"], domain="com.microsoft")],
             np.ones((4, 1, 16), np.uint8),
-            "MatMulNBits is not supported: it packs its weight",
+            "packed as 4 bits in blocks of 0: only",
         ),
     ],
 )
