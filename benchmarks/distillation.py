@@ -211,6 +211,7 @@ DATA = {
     "minilm": minilm_data,
     "resnet20": image_data,
     "efficientnet": image_data,
+    "efficientnet-mixed": image_data,
 }
 JUDGES = {"stories15m": stories_judge}
 
