@@ -22,10 +22,15 @@ from iobs_onnx.pruning.distil.losses import Target, find_targets
 from iobs_onnx.pruning.distil.settings import DistilSettings
 from iobs_onnx.pruning.distil.streams import Streams
 from iobs_onnx.pruning.distil.trained import FLOATS, Mask, Master, masters
-from iobs_onnx.pruning.distil.training import Pair, Plan, State, find_rate, first, planned, train
+from iobs_onnx.pruning.distil.training import Pair, first, fit
 from iobs_onnx.pruning.distil.worth import held_out_loss
 from iobs_onnx.runtime import Feed
-from iobs_onnx.runtime.differentiable import Evaluator, agreement, unsupported
+from iobs_onnx.runtime.differentiable import (
+    Evaluator,
+    agreement,
+    multiplies_bfloat16,
+    unsupported,
+)
 from iobs_onnx.site import Site
 
 # Passes over the data, and feeds on which rates are tried.
@@ -271,16 +276,8 @@ class BlockTrainer:
         block = streams.block(segment, report.outputs)
         held_out, feeds = block.held_out(), block.feeds(settings.seed)
         ahead = first(feeds, _TRIED)
-        before = pair.judge(held_out)
-        start = State.of(pair, before)
-        rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
-        steps = settings.steps
-        if settings.seconds is not None:
-            steps = planned(pair, ahead, settings.seconds, settings.clip, start)
-        assert steps is not None, "a budget was dealt out"
-        checks = min(settings.checks, max(1, steps // 10))
-        plan = Plan(steps, rate, settings.warm_up, settings.clip, checks, lambda *_: None)
-        run = train(pair, chain(ahead, feeds), held_out, plan, start)
+        fitted = fit(pair, ahead, chain(ahead, feeds), held_out, settings)
+        before, run = fitted.before, fitted.run
         accepted = run.best < before
         report = dataclasses.replace(
             report,
@@ -288,7 +285,7 @@ class BlockTrainer:
             after=run.best,
             accepted=accepted,
             steps=run.steps,
-            rate=rate,
+            rate=fitted.rate,
             trained=sum(master.count for master in pair.masters),
             reason="" if accepted else "the held-out loss did not fall",
         )
@@ -315,7 +312,8 @@ class BlockTrainer:
         dense = sparse
         if not block.recorded:
             dense = self._evaluator(streams.part(self.dense, segment, values), streams, segment)
-        return Pair(block.teacher(dense), sparse, targets, self._masters(part, masks, streams))
+        trained = self._masters(part, masks, streams)
+        return Pair(block.teacher(dense), sparse, targets, trained, multiplies_bfloat16())
 
     def _masters(self, part: ir.Model, masks: Mapping[str, Mask], streams: Streams) -> list[Master]:
         settings = self.settings

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import onnx_ir as ir
 
-from iobs_onnx.engine import kept_memory
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.pruning.distil.losses import find_targets
 from iobs_onnx.pruning.distil.memory import fitting
-from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
+from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, masters
-from iobs_onnx.pruning.distil.training import (
-    TRIED,
-    Pair,
-    Plan,
-    State,
-    find_rate,
-    first,
-    planned,
-    train,
-)
+from iobs_onnx.pruning.distil.training import TRIED, Pair, first, fit
 from iobs_onnx.runtime import Feed
 from iobs_onnx.runtime.differentiable import (
     Evaluator,
@@ -86,40 +77,23 @@ def distil(
         raise DataError(f"distillation: there are no {what}")
     began = time.perf_counter()
     pair = _pair(dense, sparse, ahead[0], kept, settings)
-    with kept_memory():
-        start = State.of(pair, pair.judge(held_out))
-        rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
-        steps = settings.steps or STEPS
-        if settings.seconds is not None:
-            left = settings.seconds - (time.perf_counter() - began)
-            steps = planned(pair, ahead, left, settings.clip, start)
-
-        def tell(step: int, loss: float) -> None:
-            if told is not None:
-                told(step, steps, loss)
-
-        plan = Plan(
-            steps,
-            rate,
-            settings.warm_up,
-            settings.clip,
-            settings.checks,
-            tell,
-            settings.keeps,
-        )
-        run = train(pair, chain(ahead, stream), held_out, plan, start)
-    accepted = run.best < start.loss
+    spent = time.perf_counter() - began
+    if settings.seconds is not None:
+        settings = replace(settings, seconds=max(1e-3, settings.seconds - spent))
+    fitted = fit(pair, ahead, chain(ahead, stream), held_out, settings, told)
+    run = fitted.run
+    accepted = run.best < fitted.before
     return Distilled(
         tensors={m.name: m.stored() for m in pair.masters} if accepted else {},
         curve=run.curve,
-        before=start.loss,
+        before=fitted.before,
         after=run.best,
         accepted=accepted,
         steps=run.steps,
         feeds=run.steps,
         rows=run.rows,
         seconds=time.perf_counter() - began,
-        rate=rate,
+        rate=fitted.rate,
         losses={target.output: target.kind for target in pair.targets},
         trained=sum(m.count for m in pair.masters),
         factors="bfloat16" if pair.rounds else "float32",

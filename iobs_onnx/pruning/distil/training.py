@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iobs_onnx.engine import kept_memory
 from iobs_onnx.errors import ModelError
 from iobs_onnx.pruning.distil.losses import Distance, Target, distance
+from iobs_onnx.pruning.distil.settings import STEPS, DistilSettings
 from iobs_onnx.pruning.distil.trained import Master
 from iobs_onnx.runtime import Feed
 from iobs_onnx.runtime.data.open import PAD_MASK
@@ -259,6 +261,57 @@ def planned(pair: Pair, feeds: Sequence[Feed], seconds: float, clip: float, star
     each = (time.perf_counter() - began) / len(feeds[:3])
     start.restore(pair)
     return max(1, int(seconds / each))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training came to.
+
+    Attributes:
+        before: held-out loss of the masters as they were.
+        rate: at the top of the schedule.
+        run: the training.
+    """
+
+    before: float
+    rate: float
+    run: Run
+
+
+def fit(
+    pair: Pair,
+    ahead: Sequence[Feed],
+    feeds: Iterator[Feed],
+    held_out: Iterable[Feed],
+    settings: DistilSettings,
+    told: Callable[[int, int, float], None] | None = None,
+) -> Fitted:
+    """Find the rate and the number of steps where they are not given, and train.
+
+    Args:
+        pair: whose masters are trained.
+        ahead: feeds that rates and times are tried on.
+        feeds: one a step, `ahead` among them.
+        held_out: judge, at most every tenth step.
+        settings: how.
+        told: is called after each step with the step, their number and the last held-out loss.
+    """
+    began = time.perf_counter()
+    with kept_memory():
+        start = State.of(pair, pair.judge(held_out))
+        rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
+        steps = settings.steps or STEPS
+        if settings.seconds is not None:
+            left = settings.seconds - (time.perf_counter() - began)
+            steps = planned(pair, ahead, left, settings.clip, start)
+
+        def tell(step: int, loss: float) -> None:
+            if told is not None:
+                told(step, steps, loss)
+
+        checks = min(settings.checks, max(1, steps // 10))
+        plan = Plan(steps, rate, settings.warm_up, settings.clip, checks, tell, settings.keeps)
+        return Fitted(start.loss, rate, train(pair, feeds, held_out, plan, start))
 
 
 def first(feeds: Iterator[Feed], count: int) -> list[Feed]:
