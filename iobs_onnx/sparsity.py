@@ -129,7 +129,8 @@ def parse_sparsity(text: str | float | Pattern) -> Pattern:
 def _fraction(value: float) -> float:
     if 1.0 < value < 100.0:
         raise OptionError(
-            f"sparsity {value:g}: a fraction removed is below 1; for a percentage write {value:g}%"
+            f"sparsity {value:g}: the fraction removed must be in [0, 1); for a percentage write "
+            f"{value:g}%"
         )
     return value
 
