@@ -26,7 +26,7 @@ from iobs_onnx.hessian import (
     exact_float32,
 )
 from iobs_onnx.runtime.geometry import output_space
-from iobs_onnx.runtime.rows import dealt, read_rows
+from iobs_onnx.runtime.rows import read_rows, shares_of
 from iobs_onnx.runtime.stream import Batch
 from iobs_onnx.site import Patches, Routed, Rows, Tap
 
@@ -235,7 +235,7 @@ class _Collector:
             activation = batch.values[tap.value].to(self._device)
             routes = _routes(tap, batch)
             rows = read_rows(activation, tap, keeps[tap], routes)
-            shares = None if routes is None else _shares(activation, tap, routes)
+            shares = None if routes is None else shares_of(activation, tap, routes)
             if job.left is None:
                 for chunk, here in _first(rows, shares):
                     self.sums.grams[tap].add(chunk, batch.weight, shares=here, **share)
@@ -353,13 +353,6 @@ def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
 def _routes(tap: Tap, batch: Batch) -> torch.Tensor | None:
     """Return what deals the rows of a tap out; None where all matrices meet all rows."""
     return batch.values[tap.form.index] if isinstance(tap.form, Routed) else None
-
-
-def _shares(activation: torch.Tensor, tap: Tap, index: torch.Tensor) -> torch.Tensor:
-    """Return how many rows each matrix meets, `(groups,)`."""
-    assert isinstance(tap.form, Routed), "only their rows are dealt out"
-    counts = torch.bincount(dealt(index, tap.form), minlength=tap.groups)
-    return counts * (activation.numel() // max(1, index.numel() * tap.features))
 
 
 def _first(

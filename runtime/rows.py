@@ -225,3 +225,10 @@ def _padded(image: torch.Tensor, ends: Sequence[tuple[int, int]]) -> torch.Tenso
 def _misfit(activation: torch.Tensor, tap: Tap, wanted: str) -> ModelError:
     shape = tuple(activation.shape)
     return ModelError(f"activation {tap.value!r} has shape {shape}: its weight multiplies {wanted}")
+
+
+def shares_of(activation: torch.Tensor, tap: Tap, index: torch.Tensor) -> torch.Tensor:
+    """Return how many rows each matrix meets, `(groups,)`."""
+    assert isinstance(tap.form, Routed), "only their rows are dealt out"
+    counts = torch.bincount(dealt(index, tap.form), minlength=tap.groups)
+    return counts * (activation.numel() // max(1, index.numel() * tap.features))
