@@ -54,7 +54,10 @@ def store_sparsely(model: ir.Model, sites: Iterable[Site]) -> dict[str, str]:
 
 
 def masks_of(model: ir.Model, sites: Iterable[Site]) -> dict[str, NDArray[np.bool_]]:
-    """Return for each stored tensor of the sites which of its values are kept, in its shape."""
+    """Return for each stored tensor of the sites which values are kept, in its shape.
+
+    That of a tensor that a node unpacks is `(out, in)`.
+    """
     stored = stored_slots(model)
     return {site.initializer: _kept(stored[site.initializer], site) for site in sites}
 
