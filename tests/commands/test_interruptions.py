@@ -141,6 +141,8 @@ def test_a_work_folder_is_locked_before_anything_in_it_is_deleted(
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_behind(here: Path, kind: signal.Signals) -> None:
+    if signal.getsignal(kind) is signal.SIG_IGN:
+        pytest.skip("whoever runs the tests ignores it, as nohup does, and so does the program")
     process = start(*command("endless"))
     deadline = time.monotonic() + 60
     while not any(here.glob("temporary/iobs-onnx-*/streams-*")):
