@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from iobs_onnx.errors import ModelError
 from iobs_onnx.hessian import Cross, Hessian
 from iobs_onnx.layer import newton_step
 from iobs_onnx.site import Site
+from iobs_onnx.solvers.quadratic import squared_norm
 
 Stored = NDArray[np.generic]
 
@@ -95,14 +96,35 @@ def aim(
     if hessian.drift is not None:
         gradient -= dense @ hessian.drift.matrix
     if tensors.residual is not None:
-        share = config.bias_compensation if tensors.bias is not None else 0.0
-        outer = _outer(tensors.residual.mean, hessian.mean)
-        gradient -= tensors.residual.matrix - share * outer
-    steps = [
-        newton_step(*group, damping=config.damping, learning_rate=config.learning_rate)
-        for group in zip(start, gradient, hessian.matrix, strict=True)
-    ]
-    return torch.stack(steps)
+        gradient -= _pull(tensors, tensors.residual, hessian, config)
+    return _step(start, gradient, hessian, config)
+
+
+def bounded(
+    dense: torch.Tensor, tensors: Tensors, hessian: Hessian, config: PruneConfig
+) -> Tensors:
+    """Return the tensors, without the residual where making up for it is no small correction.
+
+    The aim counts all rows alike. A layer that tells them apart badly (attention over near-equal
+    scores gives every token the same mean) and puts out little beside its stream could only make
+    up for the error of most rows by spoiling the few that had none, such as a class token. That
+    shows in the size of the step `R = η r (H + λI)⁻¹`, r the residual: it is left out where
+    `tr(R H Rᵀ) > tr(W_dense H W_denseᵀ)`. Held-out rows would not show it: on them, too, the mean
+    over all rows gets smaller.
+
+    Args:
+        dense: `W_dense`, `(groups, out, in)`.
+        tensors: around the site.
+        hessian: centred as for :func:`aim`.
+        config: of the step.
+    """
+    if tensors.residual is None:
+        return tensors
+    pull = _pull(tensors, tensors.residual, hessian, config)
+    change = _step(torch.zeros_like(dense), -pull, hessian, config)
+    if squared_norm(change, hessian.matrix) <= squared_norm(dense, hessian.matrix):
+        return tensors
+    return replace(tensors, residual=None)
 
 
 def compensated_bias(
@@ -132,6 +154,22 @@ def compensated_bias(
     shift = (config.bias_compensation * missing).cpu().numpy()
     moved = tensors.bias.astype(np.float32) + shift.reshape(tensors.bias.shape)
     return moved.astype(tensors.bias.dtype)
+
+
+def _pull(tensors: Tensors, residual: Cross, hessian: Hessian, config: PruneConfig) -> torch.Tensor:
+    """Return what a residual takes off the gradient, `(1, out, in)`."""
+    share = config.bias_compensation if tensors.bias is not None else 0.0
+    return residual.matrix - share * _outer(residual.mean, hessian.mean)
+
+
+def _step(
+    start: torch.Tensor, gradient: torch.Tensor, hessian: Hessian, config: PruneConfig
+) -> torch.Tensor:
+    steps = [
+        newton_step(*group, damping=config.damping, learning_rate=config.learning_rate)
+        for group in zip(start, gradient, hessian.matrix, strict=True)
+    ]
+    return torch.stack(steps)
 
 
 def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

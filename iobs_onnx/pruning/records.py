@@ -53,6 +53,7 @@ class Measurements:
         quantized: `int8`, or why the weight was not rounded; None where it was not asked for.
         nearest: `excess`, had each kept weight been rounded to the nearest; None where none was.
         bias_compensated: whether the bias makes up for a part of the mean error.
+        residual_left_out: whether the stream beside was left out of the aim, its error too large.
         rows: tokens or patches in the Hessian.
         dead_inputs: inputs that were zero in every row.
         thin_groups: matrices that met fewer rows than they have inputs, where rows are dealt out.
@@ -66,6 +67,7 @@ class Measurements:
     quantized: str | None
     nearest: float | None
     bias_compensated: bool
+    residual_left_out: bool
     rows: int
     dead_inputs: int
     thin_groups: int
@@ -90,6 +92,7 @@ class Measurements:
             quantized=self.quantized,
             nearest_error=None if self.nearest is None else self._relative(self.nearest),
             bias_compensated=self.bias_compensated,
+            residual_left_out=self.residual_left_out,
             compared_error=None if self.compared is None else self._relative(self.compared),
             rows=self.rows,
             dead_inputs=self.dead_inputs,

@@ -16,7 +16,7 @@ from iobs_onnx.errors import IobsError
 from iobs_onnx.hessian import Hessian, combine, dead_inputs, filled
 from iobs_onnx.layer import Solution, solve_stacked
 from iobs_onnx.passes import Codes, Surroundings, why_not_integers
-from iobs_onnx.pruning.aim import Stored, Tensors, aim, centred, compensated_bias, matrices
+from iobs_onnx.pruning.aim import Stored, Tensors, aim, bounded, centred, compensated_bias, matrices
 from iobs_onnx.pruning.records import Measurements, SolvedSite
 from iobs_onnx.pruning.rounding import round_site
 from iobs_onnx.pruning.stages import Proposal, Work
@@ -31,7 +31,8 @@ class Solve:
     """Solves sites; those that read the same taps are stacked, and share one factorisation.
 
     Each aims at `f(W) = ½ E‖W_dense x_d + (r_d − r_s) − W x_s‖²`, with the residual where the
-    output is added to a stream. With bias compensation `b` the bias takes over that fraction of
+    output is added to a stream, unless making up for it would change the output by more than it
+    is. With bias compensation `b` the bias takes over that fraction of
     the mean error, and the rest is solved with `H − b μμᵀ`, μ the mean of `x_s`. Under `quantize`
     what is kept is rounded, unless it is to be trained. Sites that no row reached are left out.
     """
@@ -101,9 +102,13 @@ class _Stacked:
         config = self.config
         moments = centred(self.hessian, config.bias_compensation if self.biased else 0.0)
         dense = [matrices(site, item.dense, device) for site, item in self.tensors.items()]
+        around = [
+            item if self.whole else bounded(weight, item, moments, config)
+            for weight, item in zip(dense, self.tensors.values(), strict=True)
+        ]
         aims = [
             aim(weight, site, item, moments, config, whole=self.whole)
-            for weight, (site, item) in zip(dense, self.tensors.items(), strict=True)
+            for weight, site, item in zip(dense, self.tensors, around, strict=True)
         ]
         started = time.perf_counter()
         solutions = self._solve(aims, moments, config.solver, config.preset)
@@ -111,7 +116,7 @@ class _Stacked:
         other = self._solve(aims, moments, config.compare) if config.compare else None
         outputs = sum(site.out_features for site in self.tensors)
         result = {}
-        for index, site in enumerate(self.tensors):
+        for index, (site, item) in enumerate(self.tensors.items()):
             stored, codes, nearest = self._stored(site, solutions[index], aims[index], moments)
             sparse = matrices(site, stored, device)  # as it is read: rounded to the stored type
             measured = Measurements(
@@ -124,21 +129,22 @@ class _Stacked:
                 if nearest is None
                 else squared_norm(matrices(site, nearest, device) - aims[index], moments.matrix),
                 bias_compensated=self.biased and config.bias_compensation > 0,
+                residual_left_out=around[index] is not item,
                 rows=self.hessian.rows,
                 dead_inputs=int(dead_inputs(self.hessian.matrix).sum()),
                 thin_groups=self.hessian.thin_groups,
                 seconds=seconds * site.out_features / outputs,
             )
-            bias = self._bias(site, dense[index], sparse)
+            bias = self._bias(around[index], dense[index], sparse)
             result[site] = SolvedSite(_tensor(stored), bias, codes, measured)
         return result
 
     def _bias(
-        self, site: Site, dense: torch.Tensor, sparse: torch.Tensor
+        self, tensors: Tensors, dense: torch.Tensor, sparse: torch.Tensor
     ) -> ir.TensorProtocol | None:
         if not self.biased:
             return None
-        found = compensated_bias(dense, sparse, self.tensors[site], self.hessian, self.config)
+        found = compensated_bias(dense, sparse, tensors, self.hessian, self.config)
         return None if found is None else _tensor(found)
 
     def _solve(

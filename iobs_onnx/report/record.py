@@ -22,7 +22,12 @@ from iobs_onnx.inspection import describe_declined
 from iobs_onnx.passes import replacing
 from iobs_onnx.report.schema import SCHEMA_VERSION
 from iobs_onnx.report.site_report import SiteReport
-from iobs_onnx.report.totals import thin_groups, too_few_rows, totals_of
+from iobs_onnx.report.totals import (
+    residuals_left_out,
+    thin_groups,
+    too_few_rows,
+    totals_of,
+)
 from iobs_onnx.runtime import Data, OutputFidelity, Samples
 from iobs_onnx.site import Declined
 
@@ -190,7 +195,13 @@ def build_report(
         runtime=dict(runtime),
         options=config.as_dict(),
         calibration=dataclasses.replace(
-            calibration, notes=[*calibration.notes, *too_few_rows(sites), *thin_groups(sites)]
+            calibration,
+            notes=[
+                *calibration.notes,
+                *too_few_rows(sites),
+                *thin_groups(sites),
+                *residuals_left_out(sites),
+            ],
         ),
         sites=list(sites),
         declined=[describe_declined(item) for item in declined],

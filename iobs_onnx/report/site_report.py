@@ -27,6 +27,8 @@ class SiteReport:
         quantized: `int8`, or why it was not; None where it was not asked for.
         nearest_error: `layer_error`, had each kept weight been rounded to the nearest instead.
         bias_compensated: whether the bias was moved to make up for the mean error.
+        residual_left_out: whether the error of the stream that the output is added to was left out
+            of the aim, because making up for it would change the output by more than it is.
         compared_error: the same for the solver named by `compare`, None if none was.
         error_ratio: `layer_error / compared_error`.
         rows: tokens or patches in the Hessian.
@@ -58,6 +60,7 @@ class SiteReport:
     quantized: str | None
     nearest_error: float | None
     bias_compensated: bool
+    residual_left_out: bool
     compared_error: float | None
     error_ratio: float | None
     rows: int
@@ -78,6 +81,7 @@ class SiteReport:
         quantized: str | None = None,
         nearest_error: float | None = None,
         bias_compensated: bool,
+        residual_left_out: bool = False,
         compared_error: float | None,
         rows: int,
         dead_inputs: int,
@@ -94,6 +98,7 @@ class SiteReport:
             quantized=quantized,
             nearest_error=nearest_error,
             bias_compensated=bias_compensated,
+            residual_left_out=residual_left_out,
             compared_error=compared_error,
             error_ratio=layer_error / compared_error if compared_error else None,
             rows=rows,

@@ -36,6 +36,18 @@ def thin_groups(sites: Sequence[SiteReport]) -> list[str]:
     ]
 
 
+def residuals_left_out(sites: Sequence[SiteReport]) -> list[str]:
+    """Say where sites do not make up for the error of the stream that they are added to."""
+    left = [site for site in sites if site.residual_left_out]
+    if not left:
+        return []
+    return [
+        f"{len(left)} of {len(sites)} sites do not make up for the error of the stream that they "
+        "are added to, as that would change what they put out by more than it is: "
+        + ", ".join(repr(site.name) for site in left)
+    ]
+
+
 def totals_of(sites: Sequence[SiteReport], declined: int, parameters: int) -> dict[str, Any]:
     """Return `totals` of `report.json`.
 
