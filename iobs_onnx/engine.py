@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from iobs_onnx.errors import DataError
+from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.passes import Segment, instrument, outputs_out_of_reach, partition, release, widen
 from iobs_onnx.runtime import (
     Feed,
@@ -137,6 +137,22 @@ class Engine:
         return session
 
 
+def _require_shapes(dense: ir.Model, sparse: ir.Model) -> None:
+    """Raise ModelError where an output cannot have the shape that it has in the other model."""
+    shapes = {value.name: value.shape for value in sparse.graph.outputs}
+    for value in dense.graph.outputs:
+        ours, theirs = value.shape, shapes.get(value.name)
+        if ours is None or theirs is None:
+            continue
+        pairs = zip(ours, theirs, strict=False)
+        fixed = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+        if fixed or len(ours) != len(theirs):
+            raise ModelError(
+                f"output {value.name!r} has shape {ours} in the dense model, {theirs} in the "
+                "sparse one; give the model that it was made from"
+            )
+
+
 def compare(
     dense: ir.Model, sparse: ir.Model, feeds: Iterable[Feed], engine: Engine
 ) -> list[OutputFidelity]:
@@ -146,8 +162,10 @@ def compare(
 
     Raises:
         DataError: there is no feed.
-        ModelError: a model cannot be run, or the sparse one lacks a value of the dense one.
+        ModelError: a model cannot be run, or the sparse one lacks a value of the dense one or
+            declares it in a shape that cannot be the same.
     """
+    _require_shapes(dense, sparse)
     unknown = outputs_out_of_reach(dense)
     names = [value.name or "" for value in dense.graph.outputs if value.name not in unknown]
     fidelity = Fidelity()

@@ -40,6 +40,7 @@ from iobs_onnx.passes.files.load_save import (
 )
 from iobs_onnx.passes.files.place import Place, place_of
 from iobs_onnx.passes.files.sizes import Sizes, model_sizes
+from iobs_onnx.passes.graph.moving import moving_lengths
 from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
 from iobs_onnx.passes.sites.find_sites import find_sites
 from iobs_onnx.passes.sites.others import count_parameters, find_others
@@ -86,6 +87,7 @@ __all__ = [
     "masks_of",
     "model_hash",
     "model_sizes",
+    "moving_lengths",
     "outputs_out_of_reach",
     "partition",
     "permute_channels",

@@ -7,17 +7,14 @@ writes them there and torch reads them in place.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from threading import Lock
 from typing import TypeVar
 
 import torch
 
-from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.errors import DataError
 from iobs_onnx.hessian import (
     Cross,
     CrossAccumulator,
@@ -25,10 +22,10 @@ from iobs_onnx.hessian import (
     Hessian,
     exact_float32,
 )
-from iobs_onnx.runtime.geometry import output_space
+from iobs_onnx.runtime.drift import Away, fits, out_of_step
 from iobs_onnx.runtime.rows import read_rows, shares_of
 from iobs_onnx.runtime.stream import Batch
-from iobs_onnx.site import Patches, Routed, Rows, Tap
+from iobs_onnx.site import Routed, Rows, Tap
 
 _Chunk = TypeVar("_Chunk")
 
@@ -46,6 +43,8 @@ class Calibration:
         padding_excluded: whether any feed held padding and rows were dropped for it.
         padding_kept: taps whose rows include padding, because the mask is not for them or that
             cannot be told.
+        out_of_step: taps without drift and residual, because their values, or the stream beside
+            them, had other shapes in the dense model in some batch.
     """
 
     hessians: dict[Tap, Hessian]
@@ -53,6 +52,7 @@ class Calibration:
     batches: int
     padding_excluded: bool
     padding_kept: tuple[Tap, ...]
+    out_of_step: tuple[Tap, ...] = ()
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Sums:
             some batch is missing.
         reached: taps that some batch had rows for.
         kept: taps whose rows include padding.
+        apart: taps that are out of step, and have neither drift nor residual.
         batches, excluded: as in :class:`Calibration`.
     """
 
@@ -74,6 +75,7 @@ class Sums:
     beside: dict[tuple[Tap, Tap], CrossAccumulator]
     reached: set[Tap] = field(default_factory=set)
     kept: dict[Tap, None] = field(default_factory=dict)
+    apart: dict[Tap, None] = field(default_factory=dict)
     batches: int = 0
     excluded: bool = False
 
@@ -91,10 +93,17 @@ class Sums:
                 self.beside[pair].merge(other.beside[pair])
             else:
                 del self.beside[pair]
+        self.leave_out(other.apart)
         self.reached |= other.reached
         self.kept |= other.kept
         self.batches += other.batches
         self.excluded |= other.excluded
+
+    def leave_out(self, taps: Iterable[Tap]) -> None:
+        """Drop drift and residual of taps, for good: what some batches lack says nothing of all."""
+        self.apart |= dict.fromkeys(taps)
+        self.drifts = {tap: sums for tap, sums in self.drifts.items() if tap not in self.apart}
+        self.beside = {pair: s for pair, s in self.beside.items() if pair[0] not in self.apart}
 
     def finish(self) -> Calibration:
         """Divide by the weight of the rows, round to float32, and release the sums.
@@ -109,7 +118,8 @@ class Sums:
             if tap in hessians:
                 hessians[tap] = replace(hessians[tap], drift=cross.finish())
         residuals = {pair: cross.finish() for pair, cross in self.beside.items()}
-        return Calibration(hessians, residuals, self.batches, self.excluded, tuple(self.kept))
+        kept, apart = tuple(self.kept), tuple(self.apart)
+        return Calibration(hessians, residuals, self.batches, self.excluded, kept, apart)
 
 
 def calibrate(
@@ -189,7 +199,7 @@ class _Collector:
     def __init__(
         self, taps: Sequence[Tap], beside: Sequence[tuple[Tap, Tap]], device: torch.device
     ) -> None:
-        self._device = device
+        self._device, self._pairs = device, beside
         self.sums = Sums(
             {tap: GramAccumulator(tap.features, tap.groups, device) for tap in taps},
             {},
@@ -216,19 +226,25 @@ class _Collector:
     def add(self, batch: Batch, dense: Batch | None) -> None:
         """Add one batch; `dense` is given with every batch or with none."""
         index = self.sums.batches
-        if dense is not None and not self.sums.drifts:
+        if dense is not None and not index:
             self.sums.drifts = {
                 tap: CrossAccumulator(tap.features, tap.features, tap.groups, self._device)
                 for tap in self.sums.grams
             }
         self.sums.reached.update(tap for tap in self.sums.grams if batch.values[tap.value].numel())
         keeps = self._keeps(batch)
+        if dense is not None:
+            found = out_of_step(self.sums.grams, self._pairs, batch, dense)
+            if not found <= self.sums.apart.keys():
+                self.sums.leave_out(tap for tap in self.sums.grams if tap in found)
+                self._jobs = []
         for tap, other in list(self.sums.beside):
-            if not _same_rows(tap, other, batch):
+            if not fits(tap, other, batch):
                 del self.sums.beside[tap, other]
                 self._jobs = []
         self._jobs = self._jobs or self._share_out()
-        away = _Away(self._jobs, batch, dense, self._device)
+        lefts = [job.left for job in self._jobs if job.left is not None]
+        away = Away(lefts, batch, dense, self._device)
 
         def work(job: _Job) -> None:
             tap, share = job.tap, {"part": job.part, "parts": job.parts}
@@ -288,66 +304,6 @@ class _Collector:
             parts = min(total.parts, math.ceil(cost[i] / share))
             jobs += [_Job(tap, left, part, parts) for part in range(parts)]
         return jobs
-
-
-class _Away:
-    """How far a batch's activations are from the dense model's: `x_d − x_s`, once for all jobs.
-
-    A difference is held from the first job that needs it to the last.
-    """
-
-    def __init__(
-        self, jobs: Sequence[_Job], batch: Batch, dense: Batch | None, device: torch.device
-    ) -> None:
-        self._batch, self._dense, self._device = batch, dense, device
-        self._waiting = Counter(job.left for job in jobs if job.left is not None)
-        self._locks = {tap: Lock() for tap in self._waiting}
-        self._held: dict[Tap, torch.Tensor] = {}
-
-    @contextmanager
-    def of(self, tap: Tap) -> Iterator[torch.Tensor]:
-        """Give the difference of a tap's activations to one job."""
-        with self._locks[tap]:
-            if tap not in self._held:
-                self._held[tap] = self._difference(tap)
-            difference = self._held[tap]
-        try:
-            yield difference
-        finally:
-            with self._locks[tap]:
-                self._waiting[tap] -= 1
-                if not self._waiting[tap]:
-                    del self._held[tap]
-
-    def _difference(self, tap: Tap) -> torch.Tensor:
-        assert self._dense is not None, "a drift is summed only with the dense model's values"
-        ours, theirs = (
-            each.values[tap.value].to(self._device).float() for each in (self._batch, self._dense)
-        )
-        if ours.shape != theirs.shape:
-            raise ModelError(
-                f"activation {tap.value!r} has shape {tuple(ours.shape)} in the pruned model and "
-                f"{tuple(theirs.shape)} in the dense one: its size depends on the data; "
-                "use target layer"
-            )
-        away = theirs - ours
-        if isinstance(tap.form, Routed):
-            # Where each model chose a matrix of its own, the difference counts as 0.
-            chosen = (each.values[tap.form.index] for each in (self._batch, self._dense))
-            same = torch.eq(*chosen).flatten().to(self._device)
-            shape = [1] * away.ndim
-            shape[tap.form.along] = len(same)
-            away = away * same.reshape(shape)
-        return away
-
-
-def _same_rows(tap: Tap, other: Tap, batch: Batch) -> bool:
-    """Whether the stream beside a tap has a row for each of the site's output."""
-    x, r = batch.values[tap.value], batch.values[other.value]
-    if isinstance(tap.form, Patches):
-        space = output_space(tuple(x.shape[2:]), tap.form)
-        return tuple(r.shape) == (x.shape[0], other.features, *space)
-    return tuple(r.shape) == (*x.shape[:-1], other.features)
 
 
 def _routes(tap: Tap, batch: Batch) -> torch.Tensor | None:

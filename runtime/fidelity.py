@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.errors import ModelError
 from iobs_onnx.runtime.stream import Batch
 
 Array = NDArray[Any]
@@ -27,12 +26,29 @@ class OutputFidelity:
             count as 1, a zero and another as 0.
         finite: whether the sparse model's values were all finite. If not, the other two say
             nothing.
+        feeds: how many there were.
+        apart: feeds on which the shapes differ: `relative_error` and `cosine` leave them out, and
+            are None where there are no others.
+        note: what was not compared, and why; None where all was.
     """
 
     name: str
-    relative_error: float
-    cosine: float
+    relative_error: float | None
+    cosine: float | None
     finite: bool
+    feeds: int = 0
+    apart: int = 0
+    note: str | None = None
+
+    @property
+    def counted(self) -> float:
+        """The error to decide by: a feed on which the shapes differ counts as an error of 1."""
+        if self.relative_error is None:
+            return 1.0
+        if not self.apart:
+            return self.relative_error
+        share = self.apart / self.feeds
+        return sqrt(share + (1 - share) * self.relative_error**2)
 
 
 class Fidelity:
@@ -44,21 +60,17 @@ class Fidelity:
     def add(self, dense: Batch, sparse: Batch) -> None:
         """Take the same outputs of both models for one batch; only float ones are compared.
 
-        Positions that the mask marks as padding are left out of the outputs that it is for.
-
-        Raises:
-            ModelError: the shapes differ.
+        Positions that the mask marks as padding are left out of the outputs that it is for. Where
+        the shapes differ, nothing is compared but whether values are finite.
         """
         for name, expected in dense.values.items():
             if not expected.is_floating_point():
                 continue
             found = sparse.values[name]
-            if expected.shape != found.shape:
-                raise ModelError(
-                    f"output {name!r} has shape {tuple(expected.shape)} in the dense model, "
-                    f"{tuple(found.shape)} in the sparse one"
-                )
             total = self._totals.setdefault(name, _Totals())
+            if expected.shape != found.shape:
+                total.leave_out(expected, found)
+                continue
             counts = dense.counts(name)
             total.add(_unpadded(expected, counts), _unpadded(found, counts))
 
@@ -72,10 +84,17 @@ class _Totals:
 
     def __init__(self) -> None:
         self._difference = self._norm = self._cosines = 0.0
-        self._vectors = 0
+        self._vectors = self._feeds = 0
         self._finite = True
+        self._apart: list[str] = []
+
+    def leave_out(self, y_dense: torch.Tensor, y_sparse: torch.Tensor) -> None:
+        self._feeds += 1
+        self._finite &= bool(y_sparse.isfinite().all())
+        self._apart.append(f"{tuple(y_dense.shape)} and {tuple(y_sparse.shape)}")
 
     def add(self, y_dense: Array, y_sparse: Array) -> None:
+        self._feeds += 1
         width = y_dense.shape[-1] if y_dense.ndim else 1
         a, b = y_dense.reshape(-1, width), y_sparse.reshape(-1, width)
         self._finite &= bool(np.isfinite(b).all())
@@ -88,12 +107,21 @@ class _Totals:
         self._vectors += len(a)
 
     def result(self, name: str) -> OutputFidelity:
+        feeds, apart, note = self._feeds, len(self._apart), None
+        if apart:
+            some = f"compared on {feeds - apart} of {feeds} feeds, those in which the models agree"
+            note = (
+                f"{some if feeds > apart else 'not compared'}: its length depends on the values, "
+                f"{self._apart[0]} in the dense and the sparse model"
+            )
+        if feeds == apart:
+            return OutputFidelity(name, None, None, self._finite, feeds, apart, note)
         if self._norm > 0:
             error = sqrt(self._difference / self._norm)
         else:
             error = inf if self._difference else 0.0
         cosine = self._cosines / self._vectors if self._vectors else 1.0
-        return OutputFidelity(name, error, cosine, self._finite)
+        return OutputFidelity(name, error, cosine, self._finite, feeds, apart, note)
 
 
 def _unpadded(value: torch.Tensor, counts: torch.Tensor | None) -> Array:

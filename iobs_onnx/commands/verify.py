@@ -104,4 +104,5 @@ def _output_line(output: Mapping[str, Any]) -> str:
     near = ""
     if output["cosine"] is not None:
         near = f": relative error {output['relative_error']:.4f}, cosine {output['cosine']:.4f}"
-    return f"output {output['name']}{near}, {'' if output['finite'] else 'NOT '}finite"
+    note = f" ({output['note']})" if output["note"] else ""
+    return f"output {output['name']}{near}, {'' if output['finite'] else 'NOT '}finite{note}"

@@ -56,6 +56,7 @@ class Recall:
                 old = before.hessian(tap, new.matrix.device)
                 weighed = dataclasses.replace(
                     old,
+                    drift=None if tap in measured.out_of_step else old.drift,
                     rows=round(self.factor * old.rows),
                     weight=self.factor * old.weight,
                     shares=None if old.shares is None else self.factor * old.shares,

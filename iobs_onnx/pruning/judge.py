@@ -26,7 +26,8 @@ class Verdict:
 
     Attributes:
         outputs: how near each output comes to the dense model's on held-out feeds.
-        error: mean of the relative errors of those that are no caches; None without held-out feeds.
+        error: mean of the errors (`counted`) of those that are no caches; None without held-out
+            feeds.
         metric: the user's, higher is better; None without one.
     """
 
@@ -80,7 +81,7 @@ class Judge:
             CheckError: its outputs, or the metric's value, are not finite.
         """
         outputs = self.outputs(sparse)
-        errors = [output.relative_error for output in _judged(outputs)]
+        errors = [output.counted for output in _judged(outputs)]
         error = sum(errors) / len(errors) if errors else None
         return Verdict(outputs, error, None if self.metric is None else self.measure(sparse))
 
@@ -130,10 +131,11 @@ def require_output_error(outputs: Sequence[OutputFidelity], bound: float | None)
         raise DataError(
             f"max_output_error {bound}: the data leave no sample to hold out; give more"
         )
-    worst = max(_judged(outputs), key=lambda output: output.relative_error)
+    worst = max(_judged(outputs), key=lambda output: output.counted)
     # Not `>`: an error that is NaN must not pass.
-    if not worst.relative_error <= bound:
+    if not worst.counted <= bound:
+        note = f" ({worst.note}; a feed left out counts as 1)" if worst.note else ""
         raise GateError(
-            f"output {worst.name!r}: relative error {worst.relative_error:.4g} on held-out samples "
+            f"output {worst.name!r}: relative error {worst.counted:.4g} on held-out samples{note} "
             f"exceeds max_output_error {bound:g}; nothing was written"
         )

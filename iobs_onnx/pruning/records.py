@@ -133,11 +133,13 @@ class Facts:
         batches: how many there were.
         padding_excluded: whether rows were left out as padding.
         padding_kept: labels of taps that count padding, because their shape hides it.
+        out_of_step: labels of taps that had other shapes in the dense model.
     """
 
     batches: int = 0
     padding_excluded: bool = False
     padding_kept: list[str] = field(default_factory=list)
+    out_of_step: list[str] = field(default_factory=list)
 
     def joined(self, other: Facts) -> Facts:
         """Return what holds of two segments that read the same feeds."""
@@ -145,6 +147,7 @@ class Facts:
             max(self.batches, other.batches),
             self.padding_excluded or other.padding_excluded,
             list(dict.fromkeys([*self.padding_kept, *other.padding_kept])),
+            list(dict.fromkeys([*self.out_of_step, *other.out_of_step])),
         )
 
 

@@ -180,7 +180,9 @@ class Walk:
         measured = self._recall.joined(index, measured, whole=not solved)
         self._hessians |= measured.hessians
         kept = [tap.label for tap in measured.padding_kept]
-        return measured.residuals, Facts(measured.batches, measured.padding_excluded, kept)
+        apart = [tap.label for tap in measured.out_of_step]
+        facts = Facts(measured.batches, measured.padding_excluded, kept, apart)
+        return measured.residuals, facts
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -23,6 +23,7 @@ from iobs_onnx.passes import replacing
 from iobs_onnx.report.schema import SCHEMA_VERSION
 from iobs_onnx.report.site_report import SiteReport
 from iobs_onnx.report.totals import (
+    off_target,
     residuals_left_out,
     thin_groups,
     too_few_rows,
@@ -46,6 +47,8 @@ class CalibrationRecord:
         held_out_samples: set aside for verification, never calibrated on.
         padding_excluded: positions whose attention_mask is 0 were left out.
         padding_kept: taps that count padding all the same, because their shape hides it.
+        out_of_step: taps that had other lengths in the dense model: their sites aimed at what
+            the dense weight makes of the pruned model's activations.
         notes: samples that were missing or dropped.
     """
 
@@ -56,6 +59,7 @@ class CalibrationRecord:
     held_out_samples: int
     padding_excluded: bool
     padding_kept: list[str]
+    out_of_step: list[str]
     notes: list[str]
 
     @classmethod
@@ -187,6 +191,12 @@ def build_report(
 ) -> PruneReport:
     """Put a report together; totals are computed here."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    found = (
+        *too_few_rows(sites),
+        *thin_groups(sites),
+        *residuals_left_out(sites),
+        *off_target(sites, calibration.out_of_step),
+    )
     return PruneReport(
         schema_version=SCHEMA_VERSION,
         model=dict(model),
@@ -194,15 +204,7 @@ def build_report(
         versions={"python": platform.python_version(), **versions},
         runtime=dict(runtime),
         options=config.as_dict(),
-        calibration=dataclasses.replace(
-            calibration,
-            notes=[
-                *calibration.notes,
-                *too_few_rows(sites),
-                *thin_groups(sites),
-                *residuals_left_out(sites),
-            ],
-        ),
+        calibration=dataclasses.replace(calibration, notes=[*calibration.notes, *found]),
         sites=list(sites),
         declined=[describe_declined(item) for item in declined],
         totals=totals_of(sites, len(declined), parameters),

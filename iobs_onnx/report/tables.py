@@ -77,10 +77,13 @@ def _summary(report: PruneReport) -> list[RenderableType]:
         lines.append(f"bfloat16 was {report.runtime['bfloat16']}: a CPU runs no bfloat16")
     told, caches = outputs_told([dataclasses.asdict(output) for output in report.verification])
     for output in told:
-        lines.append(
-            f"output {output['name']}: relative error {output['relative_error']:.4f}, cosine "
-            f"{output['cosine']:.4f} against the dense model on held-out samples"
-        )
+        if output["relative_error"] is not None:
+            lines.append(
+                f"output {output['name']}: relative error {output['relative_error']:.4f}, cosine "
+                f"{output['cosine']:.4f} against the dense model on held-out samples"
+            )
+        if output["note"]:
+            lines.append(f"output {output['name']}: {output['note']}")
     if caches:
         lines.append(caches)
     if not report.verification:

@@ -48,6 +48,18 @@ def residuals_left_out(sites: Sequence[SiteReport]) -> list[str]:
     ]
 
 
+def off_target(sites: Sequence[SiteReport], out_of_step: Sequence[str]) -> list[str]:
+    """Say which sites did not aim at the dense model's output, as its rows are not the same."""
+    names = [site.name for site in sites if not set(site.taps).isdisjoint(out_of_step)]
+    if not names:
+        return []
+    return [
+        f"{len(names)} of {len(sites)} sites aimed at what the dense weight makes of the pruned "
+        "model's activations (target layer), not at the dense model's: the length of what they "
+        f"read depends on the values, and differs between the two: {', '.join(names)}"
+    ]
+
+
 def totals_of(sites: Sequence[SiteReport], declined: int, parameters: int) -> dict[str, Any]:
     """Return `totals` of `report.json`.
 

@@ -443,3 +443,50 @@ def assert_combines_like(whole: Hessian, parts: list[Hessian]) -> None:
     both = combine(parts)
     torch.testing.assert_close(both.matrix, whole.matrix, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both.mean, whole.mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", [0, 3, 6])
+def test_a_tap_that_is_out_of_step_in_one_batch_has_no_drift_and_others_keep_theirs(where):
+    """Wherever that batch stands, and in whichever share of the feeds."""
+    drawn = np.random.default_rng(0)
+    other, stream = Tap("g", Rows(-1), 4), Tap("r", Rows(-1), 3)
+    pairs = [(H, stream), (other, stream)]
+
+    def batch(size, length):
+        shapes = {"h": (length, 6), "g": (size, 4), "r": (size, 3)}
+        return Batch(
+            {k: torch.from_numpy(drawn.normal(size=s).astype("f")) for k, s in shapes.items()}
+        )
+
+    ours = [batch(5 + i, 5 + i) for i in range(7)]
+    theirs = [batch(5 + i, 5 + i - 2 * (i == where)) for i in range(7)]
+    found = collect([H, other], ours, theirs, beside=pairs).finish()
+    assert found.out_of_step == (H,)
+    assert found.hessians[H].drift is None
+    assert found.residuals.keys() == {(other, stream)}
+    alone = collect([other], ours, theirs, beside=pairs[1:]).finish()
+    plain = collect([H], ours).finish()
+    assert (alone.out_of_step, plain.out_of_step) == ((), ())
+    assert torch.equal(found.hessians[H].matrix, plain.hessians[H].matrix)
+    for a, b in (
+        (found.hessians[other].matrix, alone.hessians[other].matrix),
+        (found.hessians[other].drift.matrix, alone.hessians[other].drift.matrix),
+        (found.residuals[other, stream].matrix, alone.residuals[other, stream].matrix),
+    ):
+        assert torch.equal(a, b)
+    for cut in (2, 5):
+        left = collect([H, other], ours[:cut], theirs[:cut], beside=pairs)
+        left.merge(collect([H, other], ours[cut:], theirs[cut:], beside=pairs))
+        merged = left.finish()
+        assert merged.out_of_step == (H,)
+        assert merged.hessians[H].drift is None
+        assert merged.hessians[other].drift is not None
+        assert merged.residuals.keys() == {(other, stream)}
+
+
+def test_a_tap_whose_stream_is_out_of_step_has_no_residual_and_no_drift():
+    stream = Tap("r", Rows(-1), 3)
+    ours = Batch({"h": torch.ones(5, 6), "r": torch.ones(5, 3)})
+    theirs = Batch({"h": torch.zeros(5, 6), "r": torch.zeros(1, 3)})
+    found = collect([H], [ours], [theirs], beside=[(H, stream)]).finish()
+    assert (found.out_of_step, found.residuals, found.hessians[H].drift) == ((H,), {}, None)

@@ -18,7 +18,7 @@ from iobs_onnx.engine import Engine
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.passes import Segment, load_model, partition, prepare, rewrite, stored_slots
 from iobs_onnx.pruning.checkpoint import Checkpoint
-from iobs_onnx.pruning.distil.losses import Target, find_targets
+from iobs_onnx.pruning.distil.losses import Steady, Target, steady_targets
 from iobs_onnx.pruning.distil.settings import DistilSettings
 from iobs_onnx.pruning.distil.streams import Streams
 from iobs_onnx.pruning.distil.trained import FLOATS, Mask, Master, masters
@@ -73,13 +73,13 @@ class Blocks:
     Attributes:
         model: the sparse model with every value that the cut is made by.
         segments: the blocks; the last ends where the last output that is matched is computed.
-        targets: outputs that are matched.
+        steady: outputs that are matched, and values that none is trained towards.
         shared: stored tensors that more than one block reads, which none may train.
     """
 
     model: ir.Model
     segments: tuple[Segment, ...]
-    targets: Sequence[Target]
+    steady: Steady
     shared: frozenset[str]
 
     @classmethod
@@ -89,7 +89,8 @@ class Blocks:
         Raises:
             ModelError: it has no output to match.
         """
-        targets = find_targets(sparse, loss)
+        steady = steady_targets(sparse, loss, [site.initializer for site in sites])
+        targets = steady.targets
         matched = {target.output for target in targets}
         model = prepare(sparse, sites)
         # Caches leave the graph at every layer, and would hide its narrow places.
@@ -105,11 +106,11 @@ class Blocks:
         )
         readers = Counter(name for segment in segments for name in segment.weights)
         shared = frozenset(name for name, count in readers.items() if count > 1)
-        return cls(model, segments, targets, shared)
+        return cls(model, segments, steady, shared)
 
     def notes(self) -> list[str]:
         """Return what a report must say of the cut."""
-        notes = []
+        notes = list(self.steady.notes)
         if len(self.segments) == 1:
             notes.append("no place between two sites is narrow: the model is one block")
         if self.shared:
@@ -119,14 +120,14 @@ class Blocks:
     def matched(self, segment: Segment) -> list[Target]:
         """Return what a block is trained towards."""
         values = {v.name: v for node in self.model.graph for v in node.outputs}
-        ends = [target for target in self.targets if target.value in segment.wanted]
+        ends = [target for target in self.steady.targets if target.value in segment.wanted]
         known = {target.value for target in ends}
         return [
             *ends,
             *(
                 Target(name, name, "mse")
                 for name in segment.changed
-                if name not in known and values[name].dtype in (None, *FLOATS)
+                if name not in known | self.steady.moving and values[name].dtype in (None, *FLOATS)
             ),
         ]
 
@@ -304,7 +305,7 @@ class BlockTrainer:
                 "other blocks read its sparse weights too" if shared else "it has no sparse weight"
             )
         if not targets:
-            raise ModelError("no float activation leaves it")
+            raise ModelError("no float activation leaves it whose length both models agree on")
         values = [target.value for target in targets]
         part = streams.part(self.blocks.model, segment, values)
         sparse = self._evaluator(part, streams, segment)
@@ -312,6 +313,9 @@ class BlockTrainer:
         dense = sparse
         if not block.recorded:
             dense = self._evaluator(streams.part(self.dense, segment, values), streams, segment)
+        # What is matched need not depend on all of the block.
+        reached = stored_slots(part)
+        masks = {name: mask for name, mask in masks.items() if name in reached}
         trained = self._masters(part, masks, streams)
         return Pair(block.teacher(dense), sparse, targets, trained, multiplies_bfloat16())
 
@@ -384,7 +388,8 @@ def distil_blocks(
     trained = load_model(sparse)
     rewrite(trained, tensors)
     before, after = (
-        held_out_loss(dense, model, blocks.targets, held_out, engine) for model in (sparse, trained)
+        held_out_loss(dense, model, blocks.steady.targets, held_out, engine)
+        for model in (sparse, trained)
     )
     seconds = time.perf_counter() - began
     kept_ones = tensors if after < before else {}

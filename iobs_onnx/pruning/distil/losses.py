@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from iobs_onnx.errors import ModelError
-from iobs_onnx.passes import find_token_input
+from iobs_onnx.passes import find_token_input, moving_lengths
 from iobs_onnx.pruning.distil.settings import Loss
 from iobs_onnx.runtime import find_padding
 
@@ -76,6 +76,48 @@ def find_targets(model: ir.Model, loss: Loss = "auto") -> list[Target]:
     if (padding := find_padding(model)) is not None:
         found = [replace(target, padded=padding.reaches(target.value)) for target in found]
     return found
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What can be matched where lengths may follow from values.
+
+    Attributes:
+        targets: outputs that are as long in both models.
+        moving: values of the main graph that may not be.
+        notes: one for each output that is not matched.
+    """
+
+    targets: list[Target]
+    moving: set[str]
+    notes: list[str]
+
+
+def steady_targets(model: ir.Model, loss: Loss, trained: Collection[str]) -> Steady:
+    """Return the outputs to match that are as long in both models.
+
+    Args:
+        model: the model.
+        loss: as for :func:`find_targets`.
+        trained: stored tensors that differ between the models.
+
+    Raises:
+        ModelError: no output can be matched.
+    """
+    found = find_targets(model, loss)
+    moving = moving_lengths(model, trained)
+    steady = [target for target in found if target.value not in moving]
+    if not steady:
+        raise ModelError(
+            f"distillation: output {found[0].output!r} cannot be matched: its length depends on "
+            "the values that the pruned weights give, and may differ between the models"
+        )
+    notes = [
+        f"output {target.output!r} is not matched: its length depends on the values"
+        for target in found
+        if target not in steady
+    ]
+    return Steady(steady, moving, notes)
 
 
 def predicts_tokens(model: ir.Model) -> bool:

@@ -10,7 +10,8 @@ from itertools import chain
 import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.pruning.distil.losses import find_targets
+from iobs_onnx.passes import find_sites
+from iobs_onnx.pruning.distil.losses import steady_targets
 from iobs_onnx.pruning.distil.memory import fitting
 from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, masters
@@ -76,7 +77,7 @@ def distil(
         what = "held-out feeds to judge by" if ahead else "feeds to train on"
         raise DataError(f"distillation: there are no {what}")
     began = time.perf_counter()
-    pair = _pair(dense, sparse, ahead[0], kept, settings)
+    pair, notes = _pair(dense, sparse, ahead[0], kept, settings)
     spent = time.perf_counter() - began
     if settings.seconds is not None:
         settings = replace(settings, seconds=max(1e-3, settings.seconds - spent))
@@ -97,7 +98,7 @@ def distil(
         losses={target.output: target.kind for target in pair.targets},
         trained=sum(m.count for m in pair.masters),
         factors="bfloat16" if pair.rounds else "float32",
-        notes=(run.note,) if run.note else (),
+        notes=(*notes, *([run.note] if run.note else [])),
     )
 
 
@@ -107,7 +108,7 @@ def require_trainable(model: ir.Model, feed: Feed) -> None:
     Raises:
         ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match.
     """
-    find_targets(model, "auto")
+    steady_targets(model, "auto", [site.initializer for site in find_sites(model).sites])
     evaluator(model, feed, "dense")
 
 
@@ -117,8 +118,9 @@ def _pair(
     feed: Feed,
     kept: Mapping[str, Mask],
     settings: DistilSettings,
-) -> Pair:
-    targets = find_targets(dense, settings.loss)
+) -> tuple[Pair, list[str]]:
+    steady = steady_targets(dense, settings.loss, kept)
+    targets = steady.targets
     if found := [t.value for t in targets if t.value not in set(_values(sparse))]:
         raise ModelError(f"distillation: the sparse model has no value {found[0]!r}")
     trained = masters(sparse, kept, small=settings.small, embeddings=settings.embeddings)
@@ -126,7 +128,8 @@ def _pair(
         raise ModelError("distillation: no mask was given, and the model has no biases to train")
     models = evaluator(dense, feed, "dense"), evaluator(sparse, feed, "sparse")
     pair = Pair(*models, targets, trained, multiplies_bfloat16())
-    return fitting(pair, feed, lambda: evaluator(sparse, feed, "sparse", recompute=True))
+    pair = fitting(pair, feed, lambda: evaluator(sparse, feed, "sparse", recompute=True))
+    return pair, steady.notes
 
 
 def evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool = False) -> Evaluator:

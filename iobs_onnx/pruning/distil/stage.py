@@ -9,10 +9,11 @@ from typing import Any
 import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.passes import find_sites
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, own_text
-from iobs_onnx.pruning.distil.losses import find_targets, predicts_tokens
+from iobs_onnx.pruning.distil.losses import predicts_tokens, steady_targets
 from iobs_onnx.pruning.distil.model import distil, require_trainable
 from iobs_onnx.pruning.distil.settings import STEPS, DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
@@ -36,10 +37,10 @@ def require_distillable(dense: ir.Model, data: Data, how: str) -> None:
     """
     if not data.held_out_samples:
         raise DataError(f"distill {how}: the data leave no sample to hold out; give more")
-    if how == "blocks":
-        find_targets(dense)
-        return
     try:
+        if how == "blocks":
+            steady_targets(dense, "auto", [site.initializer for site in find_sites(dense).sites])
+            return
         require_trainable(dense, next(iter(data.calibration)))
     except ModelError as error:
         raise ModelError(f"{error}; leave out --distill, or give another export") from error

@@ -170,6 +170,7 @@ def _fill(template: str, values: Mapping[str, Any]) -> str:
 def _warnings(report: Report) -> list[str]:
     """Return what a reader must know before trusting the figures, a line each."""
     lines = [*report["calibration"]["notes"], *report["deployment"]["warnings"]]
+    lines += [f"output {o['name']}: {o['note']}" for o in report["verification"] if o.get("note")]
     if kept := report["calibration"]["padding_kept"]:
         lines.append(
             f"padding counts in {', '.join(kept)}: their shape does not show which rows are padding"

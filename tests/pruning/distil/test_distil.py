@@ -248,7 +248,7 @@ def test_activations_are_computed_again_where_memory_is_short(
     dense, sparse, kept = deep(weight), deep(weight * mask), {"w": mask}
     feed = {"x": random.normal(size=(64, 16)).astype(np.float32)}
     settings = DistilSettings(steps=4, rate=0.01)
-    pair = model_of_distil._pair(dense, sparse, feed, kept, settings)
+    pair, _ = model_of_distil._pair(dense, sparse, feed, kept, settings)
     again = replace(pair, sparse=model_of_distil.evaluator(sparse, feed, "sparse", recompute=True))
     whole, less = (memory.kept_bytes(p, feed, math.inf) for p in (pair, again))
     assert whole is not None
