@@ -35,7 +35,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 def default_memory_budget() -> int:
     """Return a quarter of the machine's memory, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE
+    return _all_memory() // _SHARE
 
 
 def available_memory() -> int:
@@ -44,6 +44,10 @@ def available_memory() -> int:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable:"))
         return int(line.split()[1]) * 1024
+    return _all_memory()
+
+
+def _all_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

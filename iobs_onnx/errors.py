@@ -15,6 +15,12 @@
 Every message is one line that names the file, tensor or option at fault and the remedy.
 """
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class IobsError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -50,3 +56,15 @@ class CheckError(IobsError):
 
 class GateError(IobsError):
     """A bound that the caller set on the result does not hold; nothing was written."""
+
+
+@contextmanager
+def silenced(logger: str) -> Iterator[None]:
+    """Keep a library from logging faults that this package tells of in its own way."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from iobs_onnx.errors import silenced
 from iobs_onnx.runtime.data.open import PAD_MASK
 
 # An axis is as long as a number says, or as a name or an expression of names.
@@ -178,7 +179,7 @@ def _infer(skeleton: onnx.ModelProto, *, apart: bool) -> dict[str, _Shape]:
     # Not `infer_shapes`, which leaves a file in the working directory where it does not reach the
     # end of the graph. What it cannot follow is unknown, and keeps its rows.
     walker = SymbolicShapeInference(2**31 - 1, True, False, 0)
-    with _silent(), _unknown_beyond():
+    with silenced("onnxruntime.tools.symbolic_shape_infer"), _unknown_beyond():
         walker._preprocess(proto)
         while walker.run_:
             walker._infer_impl()
@@ -195,14 +196,3 @@ def _unknown_beyond() -> Iterator[None]:
         yield
     except Exception:
         logging.getLogger(__name__).debug("symbolic shape inference stopped", exc_info=True)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    logger = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

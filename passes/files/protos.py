@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import onnx
 import onnx_ir as ir
 
-from iobs_onnx.errors import ModelError
+from iobs_onnx.errors import ModelError, silenced
 from iobs_onnx.passes.files import preserve
 from iobs_onnx.passes.files.proto_walk import paired, scopes
 from iobs_onnx.passes.files.validate import require_sound
@@ -30,7 +26,7 @@ def from_proto(proto: onnx.ModelProto, label: str) -> ir.Model:
     try:
         require_sound(proto, label)
         held = preserve.set_aside(proto, label)
-        with _silent():
+        with silenced(ir.serde.__name__):
             model = ir.from_proto(held)
     except (ir.serde.SerdeError, UnicodeDecodeError) as error:
         # The outer messages hold whole protobufs; the innermost names the fault.
@@ -71,18 +67,6 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
                 if attribute.type == onnx.AttributeProto.TENSOR:
                     _drop_doubles(attribute.t)
     return proto
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep onnx_ir from logging faults that a one-line error reports."""
-    logger = logging.getLogger(ir.serde.__name__)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _drop_doubles(tensor: onnx.TensorProto) -> None:

@@ -30,14 +30,16 @@ def kept_bytes(pair: Pair, feed: Feed, limit: float) -> int | None:
 
     The pass ends as soon as it is beyond.
     """
-    ours = {master.value.untyped_storage().data_ptr() for master in pair.masters}
-    seen: dict[int, int] = {}
+    seen = {master.value.untyped_storage().data_ptr() for master in pair.masters}
+    total = 0
 
     def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            seen[storage.data_ptr()] = storage.nbytes()
-        if sum(seen.values()) > limit:
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        if total > limit:
             raise _Beyond
         return tensor
 
@@ -47,7 +49,7 @@ def kept_bytes(pair: Pair, feed: Feed, limit: float) -> int | None:
             pair.distance(feed)
     except _Beyond:
         return None
-    return sum(seen.values())
+    return total
 
 
 def fitting(pair: Pair, feed: Feed, recomputed: Callable[[], Evaluator]) -> Pair:

@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -24,6 +23,7 @@ from iobs_onnx.passes import (
     require_output,
     rewrite,
     saving,
+    scratch,
     writing_to,
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint
@@ -170,15 +170,39 @@ class _Request:
     path: str | os.PathLike[str]
     mirror: bool
 
+    @cached_property
     def sources(self) -> list[Any]:
-        """Return all that calibrates."""
+        """All that calibrates."""
         inputs = input_specs(self.dense)
         return calibration_sources(self.calibration, self.config, self.dense, self.path, inputs)
 
-    def data(self) -> Data:
-        """Return all of it, read to its end."""
+    @cached_property
+    def own(self) -> list[Any]:
+        """Those of the sources in which the model writes."""
+        return [each for each in self.sources if isinstance(each, SelfSamples)]
+
+    @cached_property
+    def given(self) -> Data | None:
+        """All data that the model does not write, read once and to their end; None for none."""
+        sources = [each for each in self.sources if not isinstance(each, SelfSamples)]
+        if not sources:
+            return None
         inputs = input_specs(self.dense)
-        return open_sources(self.sources(), self.holdout, inputs, self.config).in_memory()
+        return open_sources(sources, self.holdout, inputs, self.config).in_memory()
+
+    def data(self) -> tuple[list[Feed], list[Feed]]:
+        """Return all feeds to train on, and those that judge."""
+        parts = [] if self.given is None else [self.given]
+        if self.own:
+            # Data that only judge stand with what was given, and here where nothing was.
+            holdout, inputs = None if parts else self.holdout, input_specs(self.dense)
+            judge = self.holdout is None
+            own = open_sources(self.own, holdout, inputs, self.config, judge=judge)
+            parts.append(own.in_memory())
+        return (
+            [feed for part in parts for feed in part.calibration],
+            [feed for part in parts for feed in part.held_out],
+        )
 
 
 def _blocks(
@@ -189,21 +213,20 @@ def _blocks(
     advance: Callable[[], None],
 ) -> dict[str, Any]:
     """Train block by block, in place, and return what a report tells of it."""
-    data = request.data()
-    feeds = list(data.calibration)
+    feeds, held_out = request.data()
     if request.mirror:
-        feeds += mirrored(feeds, settings.seed)
-    with TemporaryDirectory(prefix="iobs-onnx-") as folder:
-        engine = Engine(request.config.provider, default_memory_budget(), Path(folder))
+        feeds = [*feeds, *mirrored(feeds, settings.seed)]
+    with scratch() as folder:
+        engine = Engine(request.config.provider, default_memory_budget(), folder)
         found = distil_blocks(
             request.dense,
             student,
             find_sites(student).sites,
             feeds,
-            list(data.held_out),
+            held_out,
             kept=kept,
             engine=engine,
-            checkpoint=Checkpoint(Path(folder)),
+            checkpoint=Checkpoint(folder),
             settings=settings,
             advance=advance,
         )
@@ -265,18 +288,15 @@ def _check(file: str, sparse: str | os.PathLike[str]) -> None:
 def _endless(request: _Request) -> tuple[Iterator[Feed], list[Feed]]:
     """Return feeds without end, and those that judge."""
     config, holdout, inputs = request.config, request.holdout, input_specs(request.dense)
-    sources = request.sources()
-    own = any(isinstance(source, SelfSamples) for source in sources)
-    given = [source for source in sources if not isinstance(source, SelfSamples)]
     streams: list[Iterator[Feed]] = []
     held_out: list[Feed] = []
-    if given:
-        data = open_sources(given, holdout, inputs, config).in_memory()
-        streams.append(endless(data.calibration, config.seed, vary=predicts_tokens(request.dense)))
-        held_out += data.held_out
+    if request.given is not None:
+        feeds, vary = request.given.calibration, predicts_tokens(request.dense)
+        streams.append(endless(feeds, config.seed, vary=vary))
+        held_out += request.given.held_out
     elif holdout is not None:
         held_out += open_data(holdout, inputs, holdout=0).calibration
-    if own:
+    if request.own:
         streams.append(own_text(request.dense, request.path, inputs, config))
         held_out += islice(streams[-1], _JUDGING) if holdout is None else ()
     if not held_out:

@@ -13,6 +13,8 @@ from onnx import numpy_helper
 from pruning.distil.small_models import encoder, token_feeds
 
 from iobs_onnx.cli import main
+from iobs_onnx.pruning.distil import DistilSettings
+from iobs_onnx.pruning.distil.run import distil_file
 
 
 @pytest.fixture
@@ -98,3 +100,28 @@ def test_a_time_is_read_and_kept_within(files: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["steps"] >= 1
     assert run(files, *data, "--distill-time", "soon") == 2
     assert "expected a time such as 90s" in capsys.readouterr().err
+
+
+def test_mirrored_feeds_stand_beside_the_others_once(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--calibration", str(files / "data.npz"), "--batch-size", "8", "--json")
+    steps = []
+    for more in ((), ("--mirror",)):
+        assert run(files, *data, "--distill", "blocks", *more) == 0
+        steps.append(json.loads(capsys.readouterr().out)["blocks"]["steps"])
+    assert steps[1] == 2 * steps[0] > 0
+
+
+def test_blocks_and_the_whole_read_the_same_data_once(files: Path) -> None:
+    """An iterator has nothing left for a second reading."""
+    paths = [files / name for name in ("dense.onnx", "sparse.onnx")]
+    found = distil_file(
+        *paths,
+        calibration=iter(token_feeds(10, seed=1, padding=0)),
+        distill="both",
+        settings=DistilSettings(steps=12, rate=0.01),
+    )
+    assert found.blocks is not None
+    assert found.distilled is not None
+    assert found.blocks["steps"] == found.distilled.steps == 12
