@@ -209,7 +209,8 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
     Raises:
         ModelError: there is nothing to prune.
     """
-    chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
+    patterns = config.patterns or [config.sparsity]
+    chosen = select(find_sites(dense), patterns, config.include, config.exclude)
     if not chosen.sites:
         reasons = sorted({item.reason for item in chosen.declined})
         listed = f"every candidate is declined: {'; '.join(reasons)}"
