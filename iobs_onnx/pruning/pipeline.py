@@ -148,7 +148,7 @@ def _prune(
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
     data = _opened(sources, holdout, dense, config)
-    config, untrained = settle(config, dense, data)
+    config, untrained = settle(config, dense, chosen.sites, data)
     with _work_folder(work_dir) as folder, _spill(folder) as spill:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, spill)
