@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from iobs_onnx.errors import CheckError, DataError, OptionError
 from iobs_onnx.passes import check_pattern, prepare
+from iobs_onnx.pruning.blame import explained
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.executor import LocalExecutor, Shard
 from iobs_onnx.pruning.judge import Judge, Verdict
@@ -24,7 +25,7 @@ from iobs_onnx.pruning.records import Facts, Run, SolvedSite, rewrite_sites, wit
 from iobs_onnx.pruning.stages import Pruned, SegmentStage
 from iobs_onnx.pruning.walk import Route, Walk, Walked
 from iobs_onnx.report.record import Round
-from iobs_onnx.runtime import Data, Feed, OutputFidelity, with_random_tokens
+from iobs_onnx.runtime import Data, Feed, NotFinite, OutputFidelity, with_random_tokens
 from iobs_onnx.site import Site
 
 # Why a site in a body of If, Loop or Scan may have no Hessian.
@@ -181,13 +182,16 @@ def walk_once(
         advance: as for :class:`Walk`.
     """
     config = run.config
-    mixed: Iterable[Feed | tuple[Feed, float]] = feeds
-    if route.tokens:
+
+    def mixed() -> Iterable[Feed | tuple[Feed, float]]:
+        if not route.tokens:
+            return feeds
         seed = config.seed + number - 1
-        mixed = with_random_tokens(feeds, *route.tokens, config.random_tokens, seed)
-    read = checkpoint.digested(f"round-{number}", mixed)
+        return with_random_tokens(feeds, *route.tokens, config.random_tokens, seed)
+
+    read = checkpoint.digested(f"round-{number}", mixed())
     shard = Shard(run, route.model, working, read, differ=number > 1)
-    return Walk(
+    walk = Walk(
         run,
         route,
         number,
@@ -196,7 +200,11 @@ def walk_once(
         executor=LocalExecutor(route.model, working, [shard]),
         checkpoint=checkpoint,
         advance=advance,
-    ).run()
+    )
+    try:
+        return walk.run()
+    except NotFinite as error:
+        raise explained(error, run, route.model, mixed()) from error
 
 
 def _parts(data: Data, rounds: int) -> Sequence[Iterable[Feed]]:
