@@ -113,18 +113,23 @@ class Engine:
         """
         return dict(self._used)
 
+    def store(self) -> Store:
+        """Return a store for the activations of one process."""
+        return Store(self.folder, self.budget)
+
     def stream(
         self,
         model: ir.Model,
         feeds: Iterable[Feed | tuple[Feed, float]],
         *,
         mask_padding: bool = True,
+        store: Store | None = None,
     ) -> Stream:
-        """Return a stream of the model's inputs; its store is the only one for these feeds."""
+        """Return a stream of the model's inputs; `store` holds its values, a new one if None."""
         if id(model) not in self._paddings:  # models are compared again and again
             self._paddings[id(model)] = model, find_padding(model)
         padding = self._paddings[id(model)][1] if mask_padding else None
-        return Stream(feeds, Store(self.folder, self.budget), padding=padding)
+        return Stream(feeds, store or self.store(), padding=padding)
 
     def open(self, model: ir.Model, segment: Segment, names: Sequence[str], stream: Stream) -> Any:
         """Open the part of a model that computes `names` in a segment; None if there is none."""

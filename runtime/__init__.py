@@ -21,7 +21,7 @@ from iobs_onnx.runtime.session import (
     open_session,
     session_info,
 )
-from iobs_onnx.runtime.stream import Batch, Store, Stream
+from iobs_onnx.runtime.stream import Batch, Spool, Store, Stream, weighed
 
 __all__ = [
     "AudioSamples",
@@ -38,6 +38,7 @@ __all__ = [
     "RandomSamples",
     "Samples",
     "SelfSamples",
+    "Spool",
     "Store",
     "Stream",
     "Sums",
@@ -54,5 +55,6 @@ __all__ = [
     "open_session",
     "read_audio_config",
     "session_info",
+    "weighed",
     "with_random_tokens",
 ]

@@ -242,7 +242,13 @@ def _finished(
     if training and config.quantize is not None:
         with progress.stage("round", None) as advance:
             pruned = round_kept(
-                run, rounds.route, pruned, judge=judge, checkpoint=checkpoint, advance=advance
+                run,
+                rounds.route,
+                pruned,
+                judge=judge,
+                checkpoint=checkpoint,
+                crew=rounds.crew,
+                advance=advance,
             )
     bounded = config.budget_error is not None or config.min_metric is not None
     return finish.stages(pruned, [leave_dense] if bounded else [])

@@ -37,6 +37,7 @@ class Problem:
         damping: `λ`, absolute.
         pattern: each block of rows holds the pattern on its own.
         blocks: number of rows of each stacked site; they sum to `out`.
+        of: outputs of the whole problem that this is a part of; None where it is whole.
     """
 
     weight: torch.Tensor
@@ -44,6 +45,7 @@ class Problem:
     damping: float
     pattern: Pattern
     blocks: tuple[int, ...]
+    of: int | None = None
 
     @cached_property
     def damped(self) -> torch.Tensor:
