@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from iobs_onnx.config.checks import (
     Check,
@@ -47,6 +47,9 @@ def _option(default: Any, text: str, check: Check = as_given, **how: Any) -> Any
     return field(default=default, metadata={"help": text, "check": check, "how": how})
 
 
+Training: TypeAlias = Literal["none", "blocks", "model", "both"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """How to prune; see `iobs-onnx prune --help` for what each field means.
@@ -66,7 +69,8 @@ class PruneConfig:
     solver: str = _option("iobs", "how each layer is solved", choices=SOLVER_NAMES)
     preset: Literal["fast", "balanced", "best"] | None = _option(
         None,
-        "how long iobs searches (default: balanced)",
+        "how long iobs searches (default: balanced); best also trains what is kept, as --distill "
+        "model does",
         choices=("fast", "balanced", "best"),
     )
     text: str | None = _option(
@@ -203,18 +207,20 @@ class PruneConfig:
         type=float,
         metavar="F",
     )
-    distill: Literal["none", "blocks", "model", "both"] = _option(
-        "none",
+    distill: Literal["none", "blocks", "model", "both"] | None = _option(
+        None,
         "train what is kept, biases and norms towards the dense model, without labels: block by "
         "block towards its activations, the whole model towards its outputs, or one after the "
         "other; taken only if the held-out loss falls. With --calibration self the model goes on "
-        "writing while the whole is trained",
+        "writing while the whole is trained (default: none; with --preset best model, where that "
+        "can be done)",
         choices=("none", "blocks", "model", "both"),
     )
     distill_steps: int | None = _option(
         None,
-        "steps of --distill, each on one batch: of the whole model (default: 400), and of all "
-        "blocks together (default: eight passes of each over the data)",
+        "steps of --distill, each on one batch: of the whole model (default: 400; 1600 where "
+        "preset best trains), and of all blocks together (default: eight passes of each over the "
+        "data)",
         check=integer(1),
         type=int,
         metavar="N",
@@ -314,6 +320,11 @@ class PruneConfig:
                 object.__setattr__(self, option.name, kept)
         self._require_company()
 
+    @property
+    def training(self) -> Training:
+        """What is trained: what `distill` says, or else the preset."""
+        return self.distill or ("model" if self.preset == "best" else "none")
+
     def _require_company(self) -> None:
         """Refuse options that mean nothing beside the others."""
         if self.preset is not None and self.solver != "iobs":
@@ -331,7 +342,7 @@ class PruneConfig:
                 "rounds"
             )
         for name in ("distill_steps", "distill_time"):
-            if self.distill == "none" and (value := getattr(self, name)) is not None:
+            if self.training == "none" and (value := getattr(self, name)) is not None:
                 raise OptionError(f"{name} {value}: goes with distill blocks, model or both")
         if self.min_metric is not None and self.metric is None:
             raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")

@@ -33,7 +33,7 @@ from iobs_onnx.passes import (
     writing_to,
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
-from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, require_distillable
+from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, settle
 from iobs_onnx.pruning.finish import Finish
 from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
 from iobs_onnx.pruning.leave_dense import LeaveDense, reason
@@ -148,6 +148,7 @@ def _prune(
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
     data = _opened(sources, holdout, dense, config)
+    config, untrained = settle(config, dense, data)
     with _work_folder(work_dir) as folder, _spill(folder) as spill:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, spill)
@@ -186,7 +187,7 @@ def _prune(
             permutations=permutations,
             allocation=allocation.as_list(),
             rounds=rounded.trace,
-            distillation=_distillation(final),
+            distillation=untrained or _distillation(final),
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
@@ -198,12 +199,8 @@ def _prune(
 def _opened(sources: Sequence[Any], holdout: Any, dense: ir.Model, config: PruneConfig) -> Data:
     """Return the data, read to their end where that happens more than once."""
     data = open_sources(sources, holdout, input_specs(dense), config)
-    once = (config.rounds, config.allocate, config.permute, config.distill)
-    if once != (1, "uniform", False, "none"):
-        data = data.in_memory()
-    if config.distill != "none":
-        require_distillable(dense, data, config.distill)
-    return data
+    once = (config.rounds, config.allocate, config.permute, config.training)
+    return data if once == (1, "uniform", False, "none") else data.in_memory()
 
 
 def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:

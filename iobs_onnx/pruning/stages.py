@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from iobs_onnx.hessian import Cross, Hessian
 from iobs_onnx.passes import Segment, Slot, Surroundings
 from iobs_onnx.pruning.judge import Verdict
+from iobs_onnx.pruning.progress import Advance
 from iobs_onnx.pruning.records import Run, SolvedSite
 from iobs_onnx.site import Site, Tap
 
@@ -140,5 +141,5 @@ class ModelStage(Protocol):
     def steps(self, run: Run) -> int | None:
         """Return how often it calls `advance`; None where that is unknown."""
 
-    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+    def run(self, run: Run, pruned: Pruned, advance: Advance) -> ModelProposal:
         """Propose what becomes of the model."""

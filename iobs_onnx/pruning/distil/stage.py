@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
+from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.passes import find_sites
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, own_text
 from iobs_onnx.pruning.distil.losses import predicts_tokens, steady_targets
-from iobs_onnx.pruning.distil.model import distil, require_trainable
-from iobs_onnx.pruning.distil.settings import STEPS, DistilSettings
+from iobs_onnx.pruning.distil.model import distil, require_trainable, telling
+from iobs_onnx.pruning.distil.settings import BEST_STEPS, STEPS, DistilSettings
 from iobs_onnx.pruning.distil.trained import kept_masks
+from iobs_onnx.pruning.progress import Advance
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import ModelProposal, Pruned
 from iobs_onnx.runtime import Data, Feed, SelfSamples, input_specs
@@ -46,13 +48,43 @@ def require_distillable(dense: ir.Model, data: Data, how: str) -> None:
         raise ModelError(f"{error}; leave out --distill, or give another export") from error
 
 
+def settle(
+    config: PruneConfig, dense: ir.Model, data: Data
+) -> tuple[PruneConfig, dict[str, Any] | None]:
+    """Decide what is trained, before the work.
+
+    Returns:
+        The options with `distill` as it will be; and what the report tells where the preset would
+        have trained and cannot, else None.
+
+    Raises:
+        DataError, ModelError: what was asked for cannot be trained.
+    """
+    how = config.training
+    if how != "none":
+        try:
+            require_distillable(dense, data, how)
+        except (DataError, ModelError) as error:
+            if config.distill is not None:
+                raise
+            told = {
+                "accepted": False,
+                "notes": [f"preset {config.preset} trained nothing: {error}"],
+            }
+            return replace(config, distill="none"), told
+    return replace(config, distill=how), None
+
+
 def _settings(run: Run) -> DistilSettings:
     config = run.config
     seconds = config.distill_time
     if seconds is not None and config.distill == "both":
         seconds /= 2
+    steps = config.distill_steps
+    if steps is None and config.preset == "best" and config.distill == "model":
+        steps = BEST_STEPS
     return DistilSettings(
-        steps=config.distill_steps,
+        steps=steps,
         seconds=seconds,
         keeps=config.on_interrupt == "keep",
         seed=config.seed,
@@ -74,7 +106,7 @@ class DistilBlocks:
         """Return None: how many blocks there are shows when the model is cut."""
         return None
 
-    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+    def run(self, run: Run, pruned: Pruned, advance: Advance) -> ModelProposal:
         """Propose the tensors of the blocks that came nearer."""
         sparse = with_sites(run.dense, pruned.sites, pruned.tensors)
         sites = list(pruned.sites)
@@ -108,9 +140,9 @@ class DistilModel:
 
     def steps(self, run: Run) -> int | None:
         """Return the steps of training; None where a time is given instead."""
-        return None if run.config.distill_time else run.config.distill_steps or STEPS
+        return None if run.config.distill_time else _settings(run).steps or STEPS
 
-    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+    def run(self, run: Run, pruned: Pruned, advance: Advance) -> ModelProposal:
         """Propose the tensors that training ended with."""
         sparse = with_sites(run.dense, pruned.sites, pruned.tensors)
         found = distil(
@@ -120,7 +152,7 @@ class DistilModel:
             list(run.data.held_out),
             kept=kept_masks(sparse, list(pruned.sites)),
             settings=_settings(run),
-            told=lambda _step, _steps, _loss: advance(),
+            told=telling(advance),
         )
         return ModelProposal(
             list(pruned.sites), found.tensors, found.before, found.after, told=found.as_dict()

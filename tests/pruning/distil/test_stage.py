@@ -35,6 +35,32 @@ def outputs(path: Path, data: Path) -> np.ndarray:
         return ort.InferenceSession(path).run(None, {"x": stored["x"]})[0]
 
 
+def test_preset_best_trains_where_it_can_and_says_where_not(
+    residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "BEST_STEPS", 7)
+    best = {"preset": "best", "distill": None, "distill_steps": None}
+    found = prune(residual, tmp_path / "a.onnx", **best).report
+    assert found.options["distill"] == "model"
+    assert found.distillation is not None
+    assert found.distillation["steps"] == 7
+
+    def refused(*_: Any) -> None:
+        raise DataError("there is nothing to judge by")
+
+    monkeypatch.setattr(stage, "require_distillable", refused)
+    found = prune(residual, tmp_path / "b.onnx", **best).report
+    assert found.options["distill"] == "none"
+    note = "preset best trained nothing: there is nothing to judge by"
+    assert found.distillation == {"accepted": False, "notes": [note]}
+    assert note in outcome(json.loads(found.to_json()))
+    with pytest.raises(DataError, match="there is nothing to judge by"):
+        prune(residual, tmp_path / "c.onnx", **{**best, "distill": "model"})
+    monkeypatch.undo()
+    off = prune(residual, tmp_path / "d.onnx", **{**best, "distill": "none"}).report
+    assert off.distillation is None
+
+
 def test_it_comes_nearer_to_the_dense_model_on_other_data(residual: Path, tmp_path: Path) -> None:
     plain, trained = tmp_path / "plain.onnx", tmp_path / "trained.onnx"
     prune(residual, plain, distill="none", distill_steps=None)
