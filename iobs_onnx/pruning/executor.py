@@ -1,7 +1,8 @@
-"""What runs the shards of a walk, and where.
+"""What runs the shards of a walk, and where, and the solving between two segments.
 
 A walk knows an :class:`Executor` only, and a run a :class:`Crew`, which makes one for every walk.
-:class:`LocalExecutor` does all in this process, one after the other.
+:class:`LocalExecutor` does all in this process,
+:class:`iobs_onnx.pruning.workers.RayExecutor` the same on workers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from iobs_onnx.passes import Segment
 from iobs_onnx.pruning.records import Run, SolvedSite
 from iobs_onnx.pruning.shard import Item, Pair, Place, Shard
+from iobs_onnx.pruning.stages import Here, Tasks
 from iobs_onnx.runtime import Store, Sums
 from iobs_onnx.site import Site, Tap
 
@@ -45,6 +47,10 @@ class Executor(Protocol):
     def propagate(self, segment: Segment, solved: Mapping[Site, SolvedSite]) -> None:
         """Give the pruned model its new weights, run the segment with them, and forget it."""
 
+    @property
+    def tasks(self) -> Tasks:
+        """Where the stages of the walk compute."""
+
 
 class Crew(Protocol):
     """Where all walks of a run take place."""
@@ -72,12 +78,14 @@ class Crew(Protocol):
 
 
 class LocalExecutor:
-    """Runs shards in this process, one after the other.
+    """Does all in this process, one after the other.
 
     Args:
         models: of the walk.
         shards: of these models.
     """
+
+    tasks = Here()
 
     def __init__(self, models: Pair, shards: Sequence[Shard]) -> None:
         self._models, self._shards = models, shards

@@ -155,6 +155,7 @@ class Walk:
                 self._route.surroundings,
                 self._stored,
                 start,
+                self._executor.tasks,
             )
             with self._timed(stage.name):
                 proposal = stage.run(work, self._advance)
