@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +97,20 @@ class Engine:
         provider: of ONNX Runtime.
         budget: bytes of weights and Hessians in a segment, and of activations between two.
         folder: for activations beyond the budget.
+        threads: of ONNX Runtime; 0 for one a core.
     """
 
-    def __init__(self, provider: Literal["auto", "cpu", "cuda"], budget: int, folder: Path) -> None:
+    def __init__(
+        self,
+        provider: Literal["auto", "cpu", "cuda"],
+        budget: int,
+        folder: Path,
+        threads: int = 0,
+    ) -> None:
         self.provider = provider
         self.budget = budget
         self.folder = folder
+        self._threads = threads
         self._used: dict[str, object] = {}
         self._paddings: dict[int, tuple[ir.Model, Padding | None]] = {}
 
@@ -112,6 +120,10 @@ class Engine:
         Where bfloat16 was computed in another type, that stands there too.
         """
         return dict(self._used)
+
+    def note(self, used: Mapping[str, object]) -> None:
+        """Remember what another engine used."""
+        self._used.update(used)
 
     def store(self) -> Store:
         """Return a store for the activations of one process."""
@@ -141,7 +153,7 @@ class Engine:
         on_cpu = self.provider == "cpu" or "CUDAExecutionProvider" not in available_providers()
         if on_cpu and widen(part):  # the CPU has no kernels for bfloat16
             self._used["bfloat16"] = "computed in float32"
-        session = open_session(part, self.provider)
+        session = open_session(part, self.provider, threads=self._threads)
         self._used.update(session_info(session))
         return session
 

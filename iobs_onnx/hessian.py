@@ -180,6 +180,11 @@ class _Strip:
         if other.total is not None:
             self.total = _plus(self.total, other.total.to(self.device))
 
+    def move(self, device: torch.device) -> None:
+        """Move what is sealed."""
+        self.device = device
+        self.total = None if self.total is None else self.total.to(device)
+
     def mean(self, weight: float) -> torch.Tensor:
         if self.total is None:
             return torch.zeros(self.size, device=self.device)
@@ -247,6 +252,13 @@ class _Sums:
             self._shares = other._shares + (0 if self._shares is None else self._shares)
         for strip, more in zip(self._strips, other._strips, strict=True):
             strip.merge(more)
+
+    def move(self, device: torch.device) -> None:
+        """Move sealed sums to a device."""
+        self._device = device
+        self._here, self._sum = self._here.to(device), self._sum.to(device)
+        for strip in self._strips:
+            strip.move(device)
 
     @property
     def parts(self) -> int:

@@ -116,8 +116,16 @@ class Sums:
 
     def seal(self) -> None:
         """End a shard, in every sum."""
-        for sums in (*self.grams.values(), *self.drifts.values(), *self.beside.values()):
+        for sums in self._all():
             sums.seal()
+
+    def move(self, device: torch.device) -> None:
+        """Move every sum to a device; they are sealed."""
+        for sums in self._all():
+            sums.move(device)
+
+    def _all(self) -> list[GramAccumulator | CrossAccumulator]:
+        return [*self.grams.values(), *self.drifts.values(), *self.beside.values()]
 
     def leave_out(self, taps: Iterable[Tap]) -> None:
         """Drop drift and residual of taps, for good: what some batches lack says nothing of all."""

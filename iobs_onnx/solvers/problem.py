@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -86,6 +86,12 @@ class Problem:
             SolverError: where `H + λI` is not positive definite in float32.
         """
         return torch.cholesky_inverse(self.factor)
+
+    def on(self, device: torch.device) -> Problem:
+        """Return the problem with its tensors on a device."""
+        if self.weight.device == self.hessian.device == device:
+            return self
+        return replace(self, weight=self.weight.to(device), hessian=self.hessian.to(device))
 
     def project(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the mask of the best scores `(out, in)` that the pattern allows."""
