@@ -347,14 +347,13 @@ def _in_memory(item: SolvedSite) -> SolvedSite:
 
 def _connect(ray: Any, address: str) -> None:
     """Connect to a cluster whose head listens at `host:port`, or to the one on this machine."""
-    nothing = f"ray {address}: nothing answers there"
     if address != "auto":
-        host, _, port = address.rpartition(":")
         try:
-            socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
-        except (OSError, ValueError) as error:
+            _require_answer(address)
+        except (OSError, OverflowError) as error:
             raise OptionError(
-                f"{nothing} ({error}); give host:port of the head that `ray start --head` names"
+                f"ray {address}: nothing answers there ({error}); give host:port of the head, as "
+                "`ray start --head` names it"
             ) from error
     try:
         ray.init(address=address, **_QUIET)
@@ -363,4 +362,17 @@ def _connect(ray: Any, address: str) -> None:
         raise OptionError(f"ray {address}: cannot connect: {fault}") from error
 
 
+def _require_answer(address: str) -> None:
+    """Raise OSError where no HTTP/2 server is at `host:port`: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=_PATIENCE) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(_HELLO)
+        if not connection.recv(1):
+            raise ConnectionError("the connection is closed")
+
+
+# The preface of HTTP/2 and an empty SETTINGS frame, which its servers answer at once.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
