@@ -23,7 +23,7 @@ from iobs_onnx.runtime.session import (
     session_info,
     taken,
 )
-from iobs_onnx.runtime.stream import Batch, Store, Stream
+from iobs_onnx.runtime.stream import Batch, Spool, Store, Stream, weighed
 
 __all__ = [
     "AudioSamples",
@@ -41,6 +41,7 @@ __all__ = [
     "RandomSamples",
     "Samples",
     "SelfSamples",
+    "Spool",
     "Store",
     "Stream",
     "Sums",
@@ -59,5 +60,6 @@ __all__ = [
     "run_errors",
     "session_info",
     "taken",
+    "weighed",
     "with_random_tokens",
 ]

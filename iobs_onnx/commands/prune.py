@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from iobs_onnx.commands.printable import to_json
-from iobs_onnx.config import PruneConfig, require_known
+from iobs_onnx.config import PruneConfig
+from iobs_onnx.config.checks import require_known
 from iobs_onnx.errors import OptionError
 from iobs_onnx.pruning.progress import Progress
 

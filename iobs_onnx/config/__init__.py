@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from iobs_onnx.config.checks import (
     Check,
+    address,
     as_given,
     boolean,
     bound,
@@ -21,6 +21,7 @@ from iobs_onnx.config.checks import (
     one_of,
     parse_bytes,
     path,
+    require_known,
     seconds,
     share,
     share_below_one,
@@ -310,6 +311,20 @@ class PruneConfig:
     device: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "where Hessians are summed and layers solved", choices=("auto", "cpu", "cuda")
     )
+    workers: int | None = _option(
+        None,
+        "calibrate and solve in this many processes, by Ray; the result is the same "
+        "(default with --ray: one a GPU, or else one a machine)",
+        check=integer(1),
+        type=int,
+        metavar="N",
+    )
+    ray: str | None = _option(
+        None,
+        "take the workers of this cluster: host:port of its head, or auto on one of its machines",
+        check=address,
+        metavar="ADDRESS",
+    )
     max_output_error: float | None = _option(
         None,
         "write nothing, and exit with 4, where the relative error of an output on held-out samples "
@@ -358,12 +373,3 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
     if "sparsity" not in options:
         raise OptionError("sparsity is missing: give 2:4, any N:M, or the fraction removed")
     return PruneConfig(**options)
-
-
-def require_known(options: Mapping[str, Any], known: list[str], what: str) -> None:
-    """Raise an OptionError that names the nearest known option for one that is not."""
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise OptionError(f"{what} {name!r} is unknown: {hint}")

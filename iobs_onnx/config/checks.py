@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from iobs_onnx.errors import OptionError
@@ -12,6 +13,8 @@ from iobs_onnx.sparsity import NM, parse_sparsity
 
 # Takes an option's name and the value given; returns the value as it is kept.
 Check: TypeAlias = Callable[[str, Any], Any]
+
+_ADDRESS = re.compile(r"auto|[^/\s]+:\d+")
 
 
 def _expect(*rules: tuple[str, Callable[[Any], bool]]) -> Check:
@@ -44,6 +47,7 @@ _FINITE = (_NOT_NEGATIVE, lambda value: _is(value, int | float) and 0 <= value <
 finite = _expect(_FINITE)
 share = _expect(_FINITE, ("a share at most 1", lambda value: value <= 1))
 share_below_one = _expect(_FINITE, ("a share below 1", lambda value: value < 1))
+address = _expect(("host:port or auto", lambda value: bool(_ADDRESS.fullmatch(str(value)))))
 _is_path = _expect(("a path", lambda value: isinstance(value, str | os.PathLike)))
 
 
@@ -106,3 +110,12 @@ def seconds(name: str, time: Any) -> float:
     if isinstance(time, bool) or number <= 0:
         raise OptionError(f"{name} {time!r}: expected a time such as 90s, 20min or 1.5h")
     return number
+
+
+def require_known(options: Mapping[str, Any], known: list[str], what: str) -> None:
+    """Raise an OptionError that names the nearest known option for one that is not."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise OptionError(f"{what} {name!r} is unknown: {hint}")

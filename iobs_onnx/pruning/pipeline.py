@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from iobs_onnx.passes import (
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
 from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, settle
+from iobs_onnx.pruning.executor import Crew, LocalCrew
 from iobs_onnx.pruning.finish import Finish
 from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
 from iobs_onnx.pruning.leave_dense import LeaveDense, reason
@@ -48,6 +49,7 @@ from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.sources import calibration_sources, open_sources
 from iobs_onnx.pruning.stages import ModelStage, Pruned
 from iobs_onnx.pruning.walk import Route
+from iobs_onnx.pruning.workers import RayCrew
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import Data, input_specs
@@ -149,7 +151,7 @@ def _prune(
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
     data = _opened(sources, holdout, dense, config)
     config, untrained = settle(config, dense, chosen.sites, data)
-    with _work_folder(work_dir) as folder, _spill(folder) as spill:
+    with _work_folder(work_dir) as folder, _spill(folder) as spill, _crew(config) as crew:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, spill)
         checkpoint = Checkpoint(folder)
@@ -161,7 +163,7 @@ def _prune(
         run = replace(run, dense=reordered)
         allocation = allocate(run)
         run = replace(run, patterns=allocation.patterns)
-        rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
+        rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge, crew)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
         left = LeaveDense(judge, allocation.prices)
@@ -240,7 +242,13 @@ def _finished(
     if training and config.quantize is not None:
         with progress.stage("round", None) as advance:
             pruned = round_kept(
-                run, rounds.route, pruned, judge=judge, checkpoint=checkpoint, advance=advance
+                run,
+                rounds.route,
+                pruned,
+                judge=judge,
+                checkpoint=checkpoint,
+                crew=rounds.crew,
+                advance=advance,
             )
     bounded = config.budget_error is not None or config.min_metric is not None
     return finish.stages(pruned, [leave_dense] if bounded else [])
@@ -267,6 +275,12 @@ def _left_dense(run: Run, reached: Pruned, final: Pruned) -> list[Declined]:
         for site in run.sites
         if site not in final.sites
     ]
+
+
+def _crew(config: PruneConfig) -> AbstractContextManager[Crew]:
+    """Enter what runs the walks: this process, or workers."""
+    here = config.workers is None and config.ray is None
+    return nullcontext(LocalCrew()) if here else RayCrew.started(config)
 
 
 def _device(config: PruneConfig) -> torch.device:
@@ -315,9 +329,11 @@ def _identity(
     """Return what two runs that share a work folder have in common, besides their feeds."""
     if not isinstance(model, str | os.PathLike):
         raise OptionError(f"work-dir {work_dir}: give the model as a file, not in memory")
+    options = config.as_dict()
+    del options["workers"], options["ray"]  # they change no bit
     return {
         "model": model_hash(model),
         "version": importlib.metadata.version("iobs-onnx"),
-        "options": config.as_dict(),
+        "options": options,
         "held-out data": None if judging is None else digest(judging.held_out),
     }
