@@ -145,60 +145,62 @@ class _Strip:
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add `leftᵀ right`; both `(groups, n, in)`."""
-        width = self.size[1]
-        product = torch.empty(self.size, device=self.device)
+        width, product = self.size[1], None
         for a, b in zip(left.split(_ROWS, dim=1), right.split(_ROWS, dim=1), strict=True):
+            columns, rows = a[..., self.start : self.start + width].mT, b[..., self.first :]
             if self.pending == _FLUSH:
                 self._flush()
             if self.panel is None:
-                self.panel = torch.zeros(self.size, device=self.device)
-            columns = a[..., self.start : self.start + width]
-            torch.bmm(columns.mT, b[..., self.first :], out=product)
-            self.panel += product
+                self.panel = torch.empty(self.size, device=self.device)
+            if self.pending:
+                product = torch.empty_like(self.panel) if product is None else product
+                self.panel += torch.bmm(columns, rows, out=product)
+            else:
+                torch.bmm(columns, rows, out=self.panel)
             self.pending += 1
+
+    def _latest(self) -> torch.Tensor | None:
+        return self.panel if self.pending else None
 
     def _flush(self) -> None:
         """Move the latest products to the shard's sum."""
-        if self.panel is not None:
-            self.shard = _plus(self.shard, self.panel)
-            self.panel.zero_()
+        self.shard = _plus(self.shard, self._latest())
         self.pending = 0
 
     def seal(self) -> None:
         """End the shard: add its sum to those before."""
-        if self.shard is None:
-            latest, self.panel = self.panel, None
-        else:
+        if self.shard is not None:
             self._flush()
-            latest, self.shard, self.panel = self.shard, None, None
-        self.pending = 0
-        if latest is not None:
-            self.total = _plus(self.total, latest)
+        self.total = _plus(self.total, self._latest() if self.shard is None else self.shard)
+        self.shard, self.pending = None, 0
 
     def merge(self, other: _Strip) -> None:
         """Add the sums of other shards; both are sealed."""
-        if other.total is not None:
-            self.total = _plus(self.total, other.total.to(self.device))
+        more = other.total
+        self.total = _plus(self.total, None if more is None else more.to(self.device))
 
     def move(self, device: torch.device) -> None:
-        """Move what is sealed."""
-        self.device = device
+        """Move what is sealed, and let go of all else."""
+        self.device, self.panel = device, None
         self.total = None if self.total is None else self.total.to(device)
 
     def mean(self, weight: float) -> torch.Tensor:
+        self.panel = None
         if self.total is None:
             return torch.zeros(self.size, device=self.device)
         return self.total.div_(weight).float()
 
     def finite(self) -> bool:
         """Look at the sums of squares only: a row that is not finite spoils its own."""
-        sums = (s for s in (self.panel, self.shard, self.total) if s is not None)
+        sums = (s for s in (self._latest(), self.shard, self.total) if s is not None)
         return all(bool(s.diagonal(dim1=1, dim2=2).isfinite().all()) for s in sums)
 
 
-def _plus(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
-    """Return the sum in float64, in place where there is one."""
-    return more.double() if total is None else total.add_(more)
+def _plus(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the sum in float64, in place where there is one; None is zero."""
+    if more is None:
+        return total
+    return more.to(torch.float64, copy=True) if total is None else total.add_(more)
 
 
 def _strip_width(features: int, device: torch.device) -> int:
