@@ -7,10 +7,14 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.passes import Segment, instrument, outputs_out_of_reach, partition, release, widen
@@ -24,7 +28,9 @@ from iobs_onnx.runtime import (
     available_providers,
     find_padding,
     open_session,
+    run_errors,
     session_info,
+    taken,
 )
 
 # Of the machine's memory: a segment's weights and Hessians, and again as much for activations.
@@ -117,7 +123,7 @@ class Engine:
     def used(self) -> dict[str, object]:
         """Return the version of ONNX Runtime and the providers in use, once a part was opened.
 
-        Where bfloat16 was computed in another type, that stands there too.
+        Where float16 or bfloat16 was computed in another type, that stands there too.
         """
         return dict(self._used)
 
@@ -151,11 +157,37 @@ class Engine:
         given = stream.kinds(segment.inputs)
         part = instrument(model, made, given)
         on_cpu = self.provider == "cpu" or "CUDAExecutionProvider" not in available_providers()
-        if on_cpu and widen(part):  # the CPU has no kernels for bfloat16
-            self._used["bfloat16"] = "computed in float32"
+        if on_cpu:
+            self._used |= dict.fromkeys(widen(part), "computed in float32")
         session = open_session(part, self.provider, threads=self._threads)
         self._used.update(session_info(session))
         return session
+
+    def whole(
+        self, model: ir.Model, names: Sequence[str], feed: Feed
+    ) -> dict[str, NDArray[Any]] | None:
+        """Run a model at once on one feed, as ONNX Runtime runs its file, and return values of it.
+
+        Only bfloat16, which a CPU does not run, is computed in float32.
+
+        Returns:
+            None where the model's tensors do not fit into memory.
+
+        Raises:
+            ModelError: ONNX Runtime cannot run it.
+        """
+        part = instrument(model, names)
+        widened = part.clone()
+        if "bfloat16" in widen(widened):
+            part = widened
+        stored = (value.const_value for value in part.graph.initializers.values())
+        if sum(tensor.nbytes for tensor in stored if tensor is not None) > available_memory():
+            return None
+        session = open_session(part, self.provider)
+        with run_errors():
+            found = session.run(None, taken(session, feed))
+        outputs = [output.name for output in session.get_outputs()]
+        return dict(zip(outputs, found, strict=True))
 
 
 def _require_shapes(dense: ir.Model, sparse: ir.Model) -> None:
@@ -190,6 +222,7 @@ def compare(
     unknown = outputs_out_of_reach(dense)
     names = [value.name or "" for value in dense.graph.outputs if value.name not in unknown]
     fidelity = Fidelity()
+    first, feeds = _first(feeds)
     ours = engine.stream(dense, feeds)
     theirs = ours.over()
     # Two models are in memory at once.
@@ -210,4 +243,22 @@ def compare(
         give_back()
     if not len(ours):
         raise DataError("verification data: there are no feeds to run the model on")
-    return fidelity.result()
+    found = fidelity.result()
+    # What was computed in float32 does not show what float16 cannot hold.
+    rounded = engine.whole(sparse, names, first) if "float16" in engine.used() else None
+    return found if rounded is None else [_as_rounded(output, rounded) for output in found]
+
+
+def _first(feeds: Iterable[Feed]) -> tuple[Feed, Iterable[Feed]]:
+    """Return the first feed, empty where there is none, and all of them."""
+    rest = iter(feeds)
+    first = list(islice(rest, 1))
+    return (first or [{}])[0], chain(first, rest)
+
+
+def _as_rounded(output: OutputFidelity, values: dict[str, NDArray[Any]]) -> OutputFidelity:
+    """Mark an output that is not finite where the whole model runs in float16."""
+    if not output.finite or np.isfinite(values[output.name]).all():
+        return output
+    note = "float16 cannot hold what the whole model computes; float32 can"
+    return replace(output, finite=False, note=note)

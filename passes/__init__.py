@@ -48,8 +48,8 @@ from iobs_onnx.passes.sites.others import count_parameters, find_others
 from iobs_onnx.passes.sites.out_of_reach import outputs_out_of_reach
 from iobs_onnx.passes.sites.positions import find_positions
 from iobs_onnx.passes.sites.token_input import find_token_input
-from iobs_onnx.passes.taps.bfloat16 import widen
 from iobs_onnx.passes.taps.expose import prepare
+from iobs_onnx.passes.taps.halves import widen
 from iobs_onnx.passes.taps.instrument import instrument
 from iobs_onnx.passes.taps.partition import Segment, Sequential, partition
 

@@ -1,6 +1,6 @@
 """Everything that runs a model in ONNX Runtime; no graph is rewritten here."""
 
-from iobs_onnx.runtime.calibrate import Calibration, Sums, calibrate, collect
+from iobs_onnx.runtime.calibrate import Calibration, NotFinite, Sums, calibrate, collect
 from iobs_onnx.runtime.data.audio import AudioSamples, read_audio_config
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.data.images import ImageSamples
@@ -19,7 +19,9 @@ from iobs_onnx.runtime.session import (
     available_providers,
     input_specs,
     open_session,
+    run_errors,
     session_info,
+    taken,
 )
 from iobs_onnx.runtime.stream import Batch, Spool, Store, Stream, weighed
 
@@ -33,6 +35,7 @@ __all__ = [
     "ImageSamples",
     "InputSpec",
     "NoCallable",
+    "NotFinite",
     "OutputFidelity",
     "Padding",
     "RandomSamples",
@@ -54,7 +57,9 @@ __all__ = [
     "open_data",
     "open_session",
     "read_audio_config",
+    "run_errors",
     "session_info",
+    "taken",
     "weighed",
     "with_random_tokens",
 ]

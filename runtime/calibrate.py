@@ -30,6 +30,24 @@ from iobs_onnx.site import Routed, Rows, Tap
 _Chunk = TypeVar("_Chunk")
 
 
+class NotFinite(DataError):
+    """An activation holds NaN or Inf; whose fault that is, is not told here.
+
+    Attributes:
+        value: the activation.
+        batch: its index.
+    """
+
+    def __init__(self, message: str, value: str, batch: int) -> None:
+        super().__init__(message)
+        self.value = value
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, str, int]]:
+        """Travel between processes."""
+        return NotFinite, (str(self), self.value, self.batch)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What calibration measured.
@@ -194,7 +212,8 @@ def collect(
         first: number of the first batch, for messages.
 
     Raises:
-        DataError: an activation holds NaN or Inf.
+        NotFinite: an activation holds NaN or Inf.
+        DataError: an activation is too large to be squared.
         ModelError: a tap's value does not have the shape its weight multiplies.
     """
     device = torch.device(device)
@@ -281,7 +300,7 @@ class _Collector:
                 for chunk, here in _first(rows, shares):
                     self.sums.grams[tap].add(chunk, batch.weight, shares=here, **share)
                 if not self.sums.grams[tap].finite(job.part, job.parts):
-                    raise DataError(_not_finite(activation, tap, number))
+                    raise _not_finite(activation, tap, number)
                 return
             sums = self.sums.drifts[tap] if job.left is tap else self.sums.beside[tap, job.left]
             with away.of(job.left) as difference:
@@ -365,11 +384,12 @@ def _in_step(
         held = [whole[:, wanted:]] if whole.shape[1] > wanted else []
 
 
-def _not_finite(activation: torch.Tensor, tap: Tap, batch: int) -> str:
+def _not_finite(activation: torch.Tensor, tap: Tap, batch: int) -> DataError:
     where = f"activation {tap.value!r}, batch {batch}"
-    if activation.isnan().any():
-        return f"{where}: holds NaN; the model or the data are at fault"
-    if activation.isinf().any():
-        return f"{where}: holds Inf; the model overflows on these data"
+    for what, found in (("NaN", activation.isnan()), ("Inf", activation.isinf())):
+        if found.any():
+            return NotFinite(f"{where}: holds {what}", tap.value, batch)
     largest = float(activation.abs().max())
-    return f"{where}: values up to {largest:.1e} overflow when squared in float32; scale the data"
+    return DataError(
+        f"{where}: values up to {largest:.1e} overflow when squared in float32; scale the data"
+    )

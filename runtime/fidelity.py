@@ -85,12 +85,13 @@ class _Totals:
     def __init__(self) -> None:
         self._difference = self._norm = self._cosines = 0.0
         self._vectors = self._feeds = 0
-        self._finite = True
+        self._finite = self._finite_before = True
         self._apart: list[str] = []
 
     def leave_out(self, y_dense: torch.Tensor, y_sparse: torch.Tensor) -> None:
         self._feeds += 1
         self._finite &= bool(y_sparse.isfinite().all())
+        self._finite_before &= bool(y_dense.isfinite().all())
         self._apart.append(f"{tuple(y_dense.shape)} and {tuple(y_sparse.shape)}")
 
     def add(self, y_dense: Array, y_sparse: Array) -> None:
@@ -98,6 +99,7 @@ class _Totals:
         width = y_dense.shape[-1] if y_dense.ndim else 1
         a, b = y_dense.reshape(-1, width), y_sparse.reshape(-1, width)
         self._finite &= bool(np.isfinite(b).all())
+        self._finite_before &= bool(np.isfinite(a).all())
         self._difference += float(((b - a) ** 2).sum())
         self._norm += float((a**2).sum())
         norms = np.stack([np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)])
@@ -108,7 +110,9 @@ class _Totals:
 
     def result(self, name: str) -> OutputFidelity:
         feeds, apart, note = self._feeds, len(self._apart), None
-        if apart:
+        if not (self._finite or self._finite_before):
+            note = "the dense model's values are not finite either"
+        elif apart:
             some = f"compared on {feeds - apart} of {feeds} feeds, those in which the models agree"
             note = (
                 f"{some if feeds > apart else 'not compared'}: its length depends on the values, "

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.runtime.head_size import head_size
@@ -155,6 +156,21 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
         *(_spec(value, optional=False) for value in required),
         *(_spec(value, optional=True) for value in optional),
     )
+
+
+def taken(
+    session: ort.InferenceSession, feed: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Return of a feed what a session takes, in the types it takes.
+
+    Where a part of a model computes in float32 what the model computes in float16, it takes the
+    model's float16 inputs as float32.
+    """
+    args = (*session.get_inputs(), *session.get_overridable_initializers())
+    narrow = {name for name, array in feed.items() if array.dtype == np.float16}
+    wide = {arg.name for arg in args if arg.type == "tensor(float)"} & narrow
+    own = {arg.name: feed[arg.name] for arg in args if arg.name in feed}
+    return {name: a.astype(np.float32) if name in wide else a for name, a in own.items()}
 
 
 @contextmanager

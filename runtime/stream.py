@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from iobs_onnx.errors import ModelError
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.padding import Padding
-from iobs_onnx.runtime.session import PLAIN, on_cuda, run_errors
+from iobs_onnx.runtime.session import PLAIN, on_cuda, run_errors, taken
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -247,14 +247,14 @@ class Stream:
         names = [arg.name for arg in session.get_outputs()]
         inputs = [arg.name for arg in session.get_inputs()]
         optional = [arg.name for arg in session.get_overridable_initializers()]
+        found = {name: self._find(index, name) for name in (*inputs, *optional)}
+        if missing := [name for name in inputs if found[name] is None]:
+            raise ModelError(f"value {missing[0]!r} is needed, and neither fed nor computed")
+        held = {name: array for name, array in found.items() if array is not None}
         binding = session.io_binding()
         with run_errors():
-            for name in (*inputs, *optional):
-                array = self._find(index, name)
-                if array is not None:
-                    binding.bind_cpu_input(name, np.ascontiguousarray(array))
-                elif name in inputs:
-                    raise ModelError(f"value {name!r} is needed, and neither fed nor computed")
+            for name, array in taken(session, held).items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
             for name in names:
                 # ONNX Runtime copies to the host itself what is held or summed there.
                 binding.bind_output(name, "cuda" if cuda and name not in keep else "cpu")

@@ -93,7 +93,7 @@ def test_choices() -> None:
 
 
 def test_every_option_is_checked() -> None:
-    rest = {"sparsity", "include", "exclude", "memory_budget", "metric"}
+    rest = {"sparsity", "include", "exclude", "patterns", "memory_budget", "metric"}
     by_choice = {f.name for f in dataclasses.fields(PruneConfig) if "choices" in f.metadata["how"]}
     assert {f.name for f in dataclasses.fields(PruneConfig)} == (
         {name for name, *_ in CASES} | rest | by_choice

@@ -17,6 +17,7 @@ from iobs_onnx.pruning.progress import Progress
 
 # What a TOML file may hold besides the fields of PruneConfig.
 _RUN_OPTIONS = ("calibration", "holdout", "work_dir", "output", "report_dir")
+_UNTRAINED = "to win accuracy back, train what was kept: --distill model, or iobs-onnx distill"
 
 
 def add(commands: Any) -> None:
@@ -114,6 +115,8 @@ def _run(arguments: argparse.Namespace) -> int:
         for part in render(result.report):
             console.print(part)
         console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+        if result.report.distillation is None:
+            console.print(_UNTRAINED, soft_wrap=True)
     return 0
 
 

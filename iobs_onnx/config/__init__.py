@@ -16,6 +16,7 @@ from iobs_onnx.config.checks import (
     finite,
     globs,
     integer,
+    nm_patterns,
     number,
     one_of,
     parse_bytes,
@@ -25,6 +26,7 @@ from iobs_onnx.config.checks import (
     share,
     share_below_one,
 )
+from iobs_onnx.config.company import require_company
 from iobs_onnx.errors import OptionError
 from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 
@@ -246,6 +248,14 @@ class PruneConfig:
         "go back to dense first under a bound",
         choices=("uniform", "error", "loss"),
     )
+    patterns: tuple[NM, ...] = _option(
+        (),
+        "with --allocate and a fraction removed: an N:M pattern that sites choose from, in place "
+        "of fractions of their own; may be given more than once, and at least that fraction goes",
+        check=nm_patterns,
+        action="append",
+        metavar="N:M",
+    )
     metric: str | Callable[[str], float] | None = _option(  # noqa: RUF009 - a field, see _option
         None,
         "judge sparse models by module:callable(path) -> float, higher is better",
@@ -333,47 +343,12 @@ class PruneConfig:
             if value is not None or option.default is not None:
                 kept = option.metadata["check"](option.name, value)
                 object.__setattr__(self, option.name, kept)
-        self._require_company()
+        require_company(self)
 
     @property
     def training(self) -> Training:
         """What is trained: what `distill` says, or else the preset."""
         return self.distill or ("model" if self.preset == "best" else "none")
-
-    def _require_company(self) -> None:
-        """Refuse options that mean nothing beside the others."""
-        if self.preset is not None and self.solver != "iobs":
-            raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")
-        if self.permute and not isinstance(self.sparsity, NM):
-            raise OptionError(
-                f"permute: the order of channels means nothing to {self.sparsity}; use N:M or "
-                "leave it out"
-            )
-        if self.quantize is not None and self.emit == "sparse-initializer":
-            raise OptionError("quantize int8: integers are written as dense tensors; emit dense")
-        if self.forgetting_factor and self.rounds == 1:
-            raise OptionError(
-                f"forgetting_factor {self.forgetting_factor}: one round has none before it; give "
-                "rounds"
-            )
-        for name in ("distill_steps", "distill_time"):
-            if self.training == "none" and (value := getattr(self, name)) is not None:
-                raise OptionError(f"{name} {value}: goes with distill blocks, model or both")
-        if self.min_metric is not None and self.metric is None:
-            raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
-        self._require_free_shares()
-
-    def _require_free_shares(self) -> None:
-        if self.allocate == "uniform" or not isinstance(self.sparsity, NM):
-            return
-        same = f"allocate {self.allocate}: {self.sparsity} is the same for every site by its nature"
-        if self.allocate == "error":
-            raise OptionError(f"{same}; give a fraction removed, such as 50%")
-        if self.budget_error is None and self.min_metric is None:
-            raise OptionError(
-                f"{same}; give a fraction removed, such as 50%, or budget_error or min_metric, for "
-                "which it says what goes back to dense first"
-            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return every option as JSON types, for the report."""
@@ -383,6 +358,7 @@ class PruneConfig:
             "metric": getattr(self.metric, "__qualname__", self.metric),
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "patterns": list(map(str, self.patterns)),
         }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from iobs_onnx.errors import OptionError
+from iobs_onnx.sparsity import NM, parse_sparsity
 
 # Takes an option's name and the value given; returns the value as it is kept.
 Check: TypeAlias = Callable[[str, Any], Any]
@@ -58,6 +59,16 @@ def path(name: str, value: Any) -> str:
 def globs(_name: str, value: Any) -> tuple[str, ...]:
     """Return one glob or several as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def nm_patterns(name: str, value: Any) -> tuple[NM, ...]:
+    """Return one N:M pattern or several as a tuple, each once; of those that keep all, none."""
+    given = [value] if isinstance(value, str | NM) else list(value or ())
+    found = [parse_sparsity(each) for each in given]
+    for each in found:
+        if not isinstance(each, NM) or each.n == each.m:
+            raise OptionError(f"{name} {each}: expected N:M with N below M, such as 2:4")
+    return tuple(dict.fromkeys(each for each in found if isinstance(each, NM)))
 
 
 def one_of(choices: tuple[str, ...]) -> Check:

@@ -67,10 +67,11 @@ class Judge:
         if not self.data.held_out_samples:
             return []
         found = compare(self.dense, sparse, self.data.held_out, self.engine)
-        if broken := [output.name for output in found if not output.finite]:
+        if broken := [output for output in found if not output.finite]:
+            why = f" ({broken[0].note})" if broken[0].note else ""
             raise CheckError(
-                f"output {broken[0]!r} of the sparse model is not finite on held-out feeds; "
-                "nothing was written"
+                f"output {broken[0].name!r} of the sparse model is not finite on held-out "
+                f"feeds{why}; nothing was written"
             )
         return found
 

@@ -150,7 +150,7 @@ def _prune(
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
     data = _opened(sources, holdout, dense, config)
-    config, untrained = settle(config, dense, data)
+    config, untrained = settle(config, dense, chosen.sites, data)
     with _work_folder(work_dir) as folder, _spill(folder) as spill, _crew(config) as crew:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, spill)
@@ -211,7 +211,8 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
     Raises:
         ModelError: there is nothing to prune.
     """
-    chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
+    patterns = config.patterns or [config.sparsity]
+    chosen = select(find_sites(dense), patterns, config.include, config.exclude)
     if not chosen.sites:
         reasons = sorted({item.reason for item in chosen.declined})
         listed = f"every candidate is declined: {'; '.join(reasons)}"

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from iobs_onnx.errors import CheckError, DataError, OptionError
 from iobs_onnx.passes import check_pattern, prepare
+from iobs_onnx.pruning.blame import explained
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.executor import Crew, LocalCrew
 from iobs_onnx.pruning.judge import Judge, Verdict
@@ -25,7 +26,7 @@ from iobs_onnx.pruning.shard import Item, deal
 from iobs_onnx.pruning.stages import Pruned, SegmentStage
 from iobs_onnx.pruning.walk import Route, Walk, Walked
 from iobs_onnx.report.record import Round
-from iobs_onnx.runtime import Data, Feed, OutputFidelity, with_random_tokens
+from iobs_onnx.runtime import Data, Feed, NotFinite, OutputFidelity, with_random_tokens
 from iobs_onnx.site import Site
 
 # Why a site in a body of If, Loop or Scan may have no Hessian.
@@ -192,14 +193,17 @@ def walk_once(
         advance: as for :class:`Walk`.
     """
     config, store = run.config, run.engine.store()
-    mixed: Iterable[Item] = feeds
-    if route.tokens:
+
+    def mixed() -> Iterable[Item]:
+        if not route.tokens:
+            return feeds
         seed = config.seed + number - 1
-        mixed = with_random_tokens(feeds, *route.tokens, config.random_tokens, seed)
-    dealt = deal(mixed, None if count is None else route.measured(count), store)
+        return with_random_tokens(feeds, *route.tokens, config.random_tokens, seed)
+
+    dealt = deal(mixed(), None if count is None else route.measured(count), store)
     shards = checkpoint.digested(f"round-{number}", dealt)
     with crew.executor(run, route.model, working, shards, store, differ=number > 1) as executor:
-        return Walk(
+        walk = Walk(
             run,
             route,
             number,
@@ -208,7 +212,11 @@ def walk_once(
             executor=executor,
             checkpoint=checkpoint,
             advance=advance,
-        ).run()
+        )
+        try:
+            return walk.run()
+        except NotFinite as error:
+            raise explained(error, run, route.model, mixed()) from error
 
 
 def _parts(data: Data, rounds: int) -> Sequence[tuple[Iterable[Feed], int | None]]:

@@ -16,7 +16,7 @@ from iobs_onnx.errors import IobsError, OptionError
 from iobs_onnx.passes import Segment, Shipment, scratch, unpack
 from iobs_onnx.pruning.records import SolvedSite
 from iobs_onnx.pruning.shard import Pair, Place, Shard
-from iobs_onnx.runtime import Sums
+from iobs_onnx.runtime import NotFinite, Sums
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import Problem, Solver, Sparse
 
@@ -124,6 +124,8 @@ def _named() -> Iterator[None]:
     node = f"worker on {socket.gethostname()}"
     try:
         yield
+    except NotFinite as error:
+        raise NotFinite(f"{node}: {error}", error.value, error.batch) from error
     except IobsError as error:
         raise type(error)(f"{node}: {error}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:

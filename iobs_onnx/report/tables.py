@@ -73,8 +73,11 @@ def _summary(report: PruneReport) -> list[RenderableType]:
     if calibration.padding_kept:
         lines.append(f"padding counts in {', '.join(calibration.padding_kept)}")
     lines += calibration.notes
-    if "bfloat16" in report.runtime:
-        lines.append(f"bfloat16 was {report.runtime['bfloat16']}: a CPU runs no bfloat16")
+    lines += [
+        f"{kind} was {report.runtime[kind]}, as ONNX Runtime does on a CPU"
+        for kind in ("float16", "bfloat16")
+        if kind in report.runtime
+    ]
     told, caches = outputs_told([dataclasses.asdict(output) for output in report.verification])
     for output in told:
         if output["relative_error"] is not None:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from iobs_onnx.errors import ModelError
 from iobs_onnx.passes.graph import names, walk
 from iobs_onnx.passes.graph.tensors import stored_tensor
+from iobs_onnx.passes.taps.halves import HALVES
 from iobs_onnx.site import Site, Tap
 
 Sequential = Literal["none", "segment", "site"]
@@ -326,8 +327,11 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
 
 
 def _nbytes(value: ir.Value) -> int:
+    """Return the size of a stored tensor as it is run: halves in float32, see `halves.widen`."""
     tensor = stored_tensor(value)
-    return 0 if tensor is None else tensor.nbytes
+    if tensor is None:
+        return 0
+    return 4 * tensor.size if tensor.dtype in HALVES else tensor.nbytes
 
 
 def _work(tap: Tap) -> int:

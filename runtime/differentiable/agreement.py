@@ -15,7 +15,7 @@ from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.runtime.data.feeds import Feed
 from iobs_onnx.runtime.differentiable.dtypes import TYPES, Precision
 from iobs_onnx.runtime.differentiable.evaluator import Evaluator
-from iobs_onnx.runtime.session import open_session, run_errors
+from iobs_onnx.runtime.session import open_session, run_errors, taken
 
 # Other orders of summation and ONNX Runtime's polynomials for exp and erf leave 1e-7 to 1e-5 in
 # deep float32 models; a wrong reading of an operator leaves 1e-2 and more. Half types round each
@@ -108,7 +108,7 @@ def agreement(
     for feed in feeds:
         ran = True
         with run_errors():
-            expected = session.run(None, dict(feed))
+            expected = session.run(None, taken(session, feed))
         tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in feed.items()}
         with torch.no_grad():
             found = evaluator(tensors, outputs=names)

@@ -28,7 +28,7 @@ from iobs_onnx.pruning.rounds import Rounds
 from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.workers import RayCrew
-from iobs_onnx.runtime import Data
+from iobs_onnx.runtime import Data, NotFinite
 
 
 class LostError(Exception):
@@ -218,3 +218,8 @@ def test_workers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         crew(8, 4, workers=5)
     with pytest.raises(OptionError, match=r"^workers 9: the cluster has 8 CPUs, one a worker"):
         crew(8, 0, workers=9)
+
+
+def test_what_is_not_finite_keeps_its_place_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(NotFinite("activation 'a' holds NaN", "a", 3)))
+    assert (str(error), error.value, error.batch) == ("activation 'a' holds NaN", "a", 3)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from iobs_onnx.engine import Engine
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.passes import Segment, load_model, partition, prepare, rewrite, stored_slots
+from iobs_onnx.passes import Segment, load_model, partition, prepare, rewrite, stored_slots, widen
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.losses import Steady, Target, steady_targets
 from iobs_onnx.pruning.distil.memory import fitting
@@ -339,8 +339,10 @@ class BlockTrainer:
         evaluator = Evaluator(part, precision="float32")
         names = [value.name or "" for value in part.graph.inputs]
         feed = streams.feed(streams.indices[0][0], names, ())
+        run = part.clone()
+        widen(run)  # as the engine ran what it is fed with
         found = agreement(
-            part, [{name: feed[name] for name in names if name in feed}], evaluator=evaluator
+            run, [{name: feed[name] for name in names if name in feed}], evaluator=evaluator
         )
         if not found.ok:
             raise ModelError(found.reason)

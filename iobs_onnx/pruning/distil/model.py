@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.passes import find_sites
+from iobs_onnx.passes import masks_of
 from iobs_onnx.pruning.distil.losses import steady_targets
 from iobs_onnx.pruning.distil.memory import fitting
 from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
@@ -24,6 +25,7 @@ from iobs_onnx.runtime.differentiable import (
     multiplies_bfloat16,
     unsupported,
 )
+from iobs_onnx.site import Site
 
 
 def distil(
@@ -109,14 +111,23 @@ def telling(advance: Advance) -> Callable[[int, int, float], None]:
     return lambda _step, steps, loss: advance(f"held-out loss {loss:.4g}", steps)
 
 
-def require_trainable(model: ir.Model, feed: Feed) -> None:
-    """Hold a model's evaluation in torch against ONNX Runtime's on a feed.
+def require_trainable(model: ir.Model, feed: Feed, sites: Iterable[Site]) -> None:
+    """Hold a model's evaluation in torch against ONNX Runtime's on a feed, and a step to memory.
+
+    Args:
+        model: the dense one.
+        feed: as steps take.
+        sites: that will be sparse.
 
     Raises:
-        ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match.
+        ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match; or a
+            step takes more memory than there is.
     """
-    steady_targets(model, "auto", [site.initializer for site in find_sites(model).sites])
-    evaluator(model, feed, "dense")
+    weights = {name: np.ones_like(mask) for name, mask in masks_of(model, sites).items()}
+    targets = steady_targets(model, "auto", weights).targets
+    both = evaluator(model, feed, "dense")
+    trained = masters(model, weights, small=True, embeddings=False)
+    fitting(Pair(both, both, targets, trained, multiplies_bfloat16()), feed)
 
 
 def _pair(

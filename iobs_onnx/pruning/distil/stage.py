@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.passes import find_sites
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, own_text
@@ -22,34 +21,37 @@ from iobs_onnx.pruning.progress import Advance
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import ModelProposal, Pruned
 from iobs_onnx.runtime import Data, Feed, SelfSamples, input_specs
+from iobs_onnx.site import Site
 
 
-def require_distillable(dense: ir.Model, data: Data, how: str) -> None:
+def require_distillable(dense: ir.Model, sites: Sequence[Site], data: Data, how: str) -> None:
     """Raise what distillation would, before hours are spent on what cannot be distilled.
 
     Args:
         dense: the model.
+        sites: that will be sparse.
         data: of the run.
         how: `blocks`, `model` or `both`; of blocks each is looked at when its turn comes.
 
     Raises:
         DataError: no sample is held out to judge by.
         ModelError: there is no output to match; or the whole is to be trained, and torch cannot
-            evaluate it, or evaluates it otherwise than ONNX Runtime.
+            evaluate it, or evaluates it otherwise than ONNX Runtime, or memory does not hold a
+            step.
     """
     if not data.held_out_samples:
         raise DataError(f"distill {how}: the data leave no sample to hold out; give more")
     try:
         if how == "blocks":
-            steady_targets(dense, "auto", [site.initializer for site in find_sites(dense).sites])
+            steady_targets(dense, "auto", [site.initializer for site in sites])
             return
-        require_trainable(dense, next(iter(data.calibration)))
+        require_trainable(dense, next(iter(data.calibration)), sites)
     except ModelError as error:
         raise ModelError(f"{error}; leave out --distill, or give another export") from error
 
 
 def settle(
-    config: PruneConfig, dense: ir.Model, data: Data
+    config: PruneConfig, dense: ir.Model, sites: Sequence[Site], data: Data
 ) -> tuple[PruneConfig, dict[str, Any] | None]:
     """Decide what is trained, before the work.
 
@@ -63,7 +65,7 @@ def settle(
     how = config.training
     if how != "none":
         try:
-            require_distillable(dense, data, how)
+            require_distillable(dense, sites, data, how)
         except (DataError, ModelError) as error:
             if config.distill is not None:
                 raise

@@ -8,8 +8,9 @@ import onnx_ir as ir
 
 from iobs_onnx.hessian import Hessian
 from iobs_onnx.passes import Segment, partition, release
+from iobs_onnx.pruning.blame import explained
 from iobs_onnx.pruning.records import Run
-from iobs_onnx.runtime import calibrate
+from iobs_onnx.runtime import NotFinite, calibrate
 from iobs_onnx.site import Site, Tap
 
 
@@ -34,7 +35,10 @@ def measure_once(
         batches = stream.run(
             session, fetch=fetch, keep=segment.outputs, alive=segment.alive, device=run.device
         )
-        hessians |= calibrate(segment.taps, batches, device=run.device).hessians
+        try:
+            hessians |= calibrate(segment.taps, batches, device=run.device).hessians
+        except NotFinite as error:
+            raise explained(error, run, model, run.data.calibration) from error
         stream.release(segment.alive)
         yield segment, hessians
         release(model, segment.weights)
