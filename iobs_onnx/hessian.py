@@ -141,39 +141,39 @@ class _Strip:
     panel: torch.Tensor | None = None  # float32, the latest products of the shard that is read
     pending: int = 0  # products in `panel`
     shard: torch.Tensor | None = None  # float64, those before
-    total: torch.Tensor | None = None  # float64, of the shards before
+    total: torch.Tensor | None = None  # of the shards before, float64 but for a first one
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add `leftᵀ right`; both `(groups, n, in)`."""
-        width = self.size[1]
-        product = torch.empty(self.size, device=self.device)
+        width, product = self.size[1], None
         for a, b in zip(left.split(_ROWS, dim=1), right.split(_ROWS, dim=1), strict=True):
+            columns, rows = a[..., self.start : self.start + width].mT, b[..., self.first :]
             if self.pending == _FLUSH:
                 self._flush()
             if self.panel is None:
-                self.panel = torch.zeros(self.size, device=self.device)
-            columns = a[..., self.start : self.start + width]
-            torch.bmm(columns.mT, b[..., self.first :], out=product)
-            self.panel += product
+                self.panel = torch.empty(self.size, device=self.device)
+            if self.pending:
+                product = torch.empty_like(self.panel) if product is None else product
+                self.panel += torch.bmm(columns, rows, out=product)
+            else:
+                torch.bmm(columns, rows, out=self.panel)
             self.pending += 1
 
     def _flush(self) -> None:
         """Move the latest products to the shard's sum."""
-        if self.panel is not None:
-            self.shard = _plus(self.shard, self.panel)
-            self.panel.zero_()
+        if self.panel is not None and self.pending:
+            self.shard = self.panel.double() if self.shard is None else self.shard.add_(self.panel)
         self.pending = 0
 
     def seal(self) -> None:
         """End the shard: add its sum to those before."""
-        if self.shard is None:
-            latest, self.panel = self.panel, None
-        else:
+        if self.shard is not None:
             self._flush()
-            latest, self.shard, self.panel = self.shard, None, None
-        self.pending = 0
-        if latest is not None:
-            self.total = _plus(self.total, latest)
+        here = self.panel if self.shard is None and self.pending else self.shard
+        self.total = _plus(self.total, here)
+        if self.total is self.panel:  # the first shard, which float32 still holds exactly
+            self.panel = None
+        self.shard, self.pending = None, 0
 
     def merge(self, other: _Strip) -> None:
         """Add the sums of other shards; both are sealed."""
@@ -181,24 +181,26 @@ class _Strip:
             self.total = _plus(self.total, other.total.to(self.device))
 
     def move(self, device: torch.device) -> None:
-        """Move what is sealed."""
-        self.device = device
+        """Move what is sealed, and let go of all else."""
+        self.device, self.panel = device, None
         self.total = None if self.total is None else self.total.to(device)
 
     def mean(self, weight: float) -> torch.Tensor:
-        if self.total is None:
-            return torch.zeros(self.size, device=self.device)
-        return self.total.div_(weight).float()
+        total = torch.zeros(self.size, device=self.device) if self.total is None else self.total
+        return total.double().div_(weight).float()
 
     def finite(self) -> bool:
         """Look at the sums of squares only: a row that is not finite spoils its own."""
-        sums = (s for s in (self.panel, self.shard, self.total) if s is not None)
-        return all(bool(s.diagonal(dim1=1, dim2=2).isfinite().all()) for s in sums)
+        held = self.panel if self.pending else None, self.shard, self.total
+        sums = (s.diagonal(dim1=1, dim2=2) for s in held if s is not None)
+        return all(bool(squares.isfinite().all()) for squares in sums)
 
 
-def _plus(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
-    """Return the sum in float64, in place where there is one."""
-    return more.double() if total is None else total.add_(more)
+def _plus(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the sum of two shards in float64; None is zero."""
+    if total is None or more is None:
+        return more if total is None else total
+    return total.double().add_(more)
 
 
 def _strip_width(features: int, device: torch.device) -> int:
@@ -222,8 +224,8 @@ class _Sums:
         self.rows = 0
         self._device = torch.device(device)
         # Of the shard that is read, and of those before.
-        self._here, self._sum = self._zeros(), self._zeros()
-        self._weight_here = self._weight = 0.0
+        self._here, self._weight_here = self._zeros(), 0.0
+        self._sum, self._weight = self._zeros(), 0.0
         self._shares: torch.Tensor | None = None
         self._strips: list[_Strip] = []
 
@@ -232,9 +234,8 @@ class _Sums:
 
     def seal(self) -> None:
         """End a shard: what is added from now on is another's."""
-        self._sum += self._here
-        self._weight += self._weight_here
-        self._here, self._weight_here = self._zeros(), 0.0
+        self._sum, self._here = self._sum + self._here, self._zeros()
+        self._weight, self._weight_here = self._weight + self._weight_here, 0.0
         for strip in self._strips:
             strip.seal()
 
