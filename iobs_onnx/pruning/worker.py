@@ -13,6 +13,7 @@ import torch
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.engine import Engine
 from iobs_onnx.errors import IobsError, OptionError
+from iobs_onnx.hessian import exact_float32
 from iobs_onnx.passes import Segment, Shipment, scratch, unpack
 from iobs_onnx.pruning.records import SolvedSite
 from iobs_onnx.pruning.shard import Pair, Place, Shard
@@ -105,7 +106,7 @@ class Worker:
 
     def solve(self, solver: Solver, problem: Problem, hessian: torch.Tensor) -> Sparse:
         """Solve a problem, which comes without its Hessian, on this worker's device."""
-        with _named():
+        with _named(), exact_float32():
             whole = replace(problem, hessian=hessian).on(self._models.place.device)
             found = solver.solve(whole)
             return Sparse(found.weight.cpu(), found.mask.cpu())
