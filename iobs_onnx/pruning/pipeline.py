@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.engine import Engine, default_memory_budget
+from iobs_onnx.engine import Engine, default_memory_budget, memory_faults
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.passes import (
     count_parameters,
@@ -120,7 +120,11 @@ def prune(
         GateError: it does not hold a bound that an option set.
     """
     config = make_config({"sparsity": sparsity, "solver": solver, **options})
-    with writing_to(output):
+    full = memory_faults(
+        f"device {config.device}",
+        "make --memory-budget or --batch-size smaller, or use --device cpu",
+    )
+    with writing_to(output), full:
         return _prune(
             model,
             config,

@@ -28,7 +28,7 @@ from iobs_onnx.passes import Segment, pack
 from iobs_onnx.pruning.executor import Executor
 from iobs_onnx.pruning.records import Run, SolvedSite
 from iobs_onnx.pruning.shard import Item
-from iobs_onnx.pruning.worker import Plan, Worker, out_of_memory
+from iobs_onnx.pruning.worker import FEWER, Plan, Worker
 from iobs_onnx.runtime import Store, Sums
 from iobs_onnx.runtime.data.samples import require
 from iobs_onnx.site import Site, Tap
@@ -325,7 +325,7 @@ class RayExecutor:
     def _require_memory(self, error: Exception) -> None:
         """Raise OptionError where Ray killed a worker because its node had no memory left."""
         if "low on memory" in str(error):
-            raise OptionError(out_of_memory("a worker")) from error
+            raise OptionError(f"a worker: out of memory; {FEWER}") from error
 
     def _lost(self) -> IobsError:
         return IobsError(
