@@ -36,7 +36,8 @@ test-olive: $(INSTALLED)  ## the Olive workflow, after installing Olive; minutes
 	$(BIN)/pytest tests/integrations/test_olive.py -m ''
 
 test-optimum: .venv-optimum/.installed  ## the Optimum integration, in an environment of its own; minutes
-	.venv-optimum/bin/pytest tests/integrations/test_optimum.py -m '' --log-cli-level=20
+	.venv-optimum/bin/pytest tests/integrations/test_optimum.py \
+		tests/kinds/test_kinds.py -k 'optimum or past' -m '' --log-cli-level=20
 
 .venv-optimum/.installed: pyproject.toml constraints-optimum.txt models.txt
 	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum

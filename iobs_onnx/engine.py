@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, islice
@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.errors import DataError, ModelError, OptionError
 from iobs_onnx.passes import Segment, instrument, outputs_out_of_reach, partition, release, widen
 from iobs_onnx.runtime import (
     Feed,
@@ -88,6 +89,28 @@ def kept_memory() -> Iterator[None]:
         library.malloc_trim(0)
 
 
+@contextmanager
+def memory_faults(where: str, remedy: str) -> Iterator[None]:
+    """Say in one line that memory is full, that of a device or of the machine.
+
+    Args:
+        where: whose memory, at the beginning of the line.
+        remedy: its end.
+
+    Raises:
+        OptionError: it is full.
+    """
+    told = f"{where}: out of memory; {remedy}"
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OptionError(told) from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):  # what torch says on a CPU
+            raise
+        raise OptionError(told) from error
+
+
 def _allocator() -> ctypes.CDLL | None:
     """Return the C library where it is glibc."""
     if sys.platform != "linux":
@@ -103,12 +126,20 @@ class Engine:
         provider: of ONNX Runtime.
         budget: bytes of weights and Hessians in a segment, and of activations between two.
         folder: for activations beyond the budget.
+        threads: of ONNX Runtime; 0 for one a core.
     """
 
-    def __init__(self, provider: Literal["auto", "cpu", "cuda"], budget: int, folder: Path) -> None:
+    def __init__(
+        self,
+        provider: Literal["auto", "cpu", "cuda"],
+        budget: int,
+        folder: Path,
+        threads: int = 0,
+    ) -> None:
         self.provider = provider
         self.budget = budget
         self.folder = folder
+        self._threads = threads
         self._used: dict[str, object] = {}
         self._paddings: dict[int, tuple[ir.Model, Padding | None]] = {}
 
@@ -119,18 +150,27 @@ class Engine:
         """
         return dict(self._used)
 
+    def note(self, used: Mapping[str, object]) -> None:
+        """Remember what another engine used."""
+        self._used.update(used)
+
+    def store(self) -> Store:
+        """Return a store for the activations of one process."""
+        return Store(self.folder, self.budget)
+
     def stream(
         self,
         model: ir.Model,
         feeds: Iterable[Feed | tuple[Feed, float]],
         *,
         mask_padding: bool = True,
+        store: Store | None = None,
     ) -> Stream:
-        """Return a stream of the model's inputs; its store is the only one for these feeds."""
+        """Return a stream of the model's inputs; `store` holds its values, a new one if None."""
         if id(model) not in self._paddings:  # models are compared again and again
             self._paddings[id(model)] = model, find_padding(model)
         padding = self._paddings[id(model)][1] if mask_padding else None
-        return Stream(feeds, Store(self.folder, self.budget), padding=padding)
+        return Stream(feeds, store or self.store(), padding=padding)
 
     def open(self, model: ir.Model, segment: Segment, names: Sequence[str], stream: Stream) -> Any:
         """Open the part of a model that computes `names` in a segment; None if there is none."""
@@ -142,7 +182,7 @@ class Engine:
         on_cpu = self.provider == "cpu" or "CUDAExecutionProvider" not in available_providers()
         if on_cpu:
             self._used |= dict.fromkeys(widen(part), "computed in float32")
-        session = open_session(part, self.provider)
+        session = open_session(part, self.provider, threads=self._threads)
         self._used.update(session_info(session))
         return session
 

@@ -127,48 +127,80 @@ def exact_float32() -> Iterator[None]:
 
 @dataclass
 class _Strip:
-    """Rows `start:start+width` of a sum of products, from column `first` on."""
+    """Rows `start:start+width` of a sum of products, from column `first` on.
+
+    Products are added in float32, a few at a time, and these sums in float64: first those of a
+    shard, then those of all shards, in their order. So a shard counts the same bits whether it is
+    summed here or elsewhere and merged.
+    """
 
     start: int
     first: int
-    panel: torch.Tensor  # float32 (groups, width, in - first): the latest products
+    size: tuple[int, int, int]  # (groups, width, in - first)
+    device: torch.device
+    panel: torch.Tensor | None = None  # float32, the latest products of the shard that is read
     pending: int = 0  # products in `panel`
-    total: torch.Tensor | None = None  # float64, the flushed ones
+    shard: torch.Tensor | None = None  # float64, those before
+    total: torch.Tensor | None = None  # of the shards before, float64 but for a first one
 
     def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add `leftᵀ right`; both `(groups, n, in)`."""
-        width = self.panel.shape[1]
-        product = torch.empty_like(self.panel)
+        width, product = self.size[1], None
         for a, b in zip(left.split(_ROWS, dim=1), right.split(_ROWS, dim=1), strict=True):
+            columns, rows = a[..., self.start : self.start + width].mT, b[..., self.first :]
             if self.pending == _FLUSH:
-                self.flush()
-            columns = a[..., self.start : self.start + width]
-            torch.bmm(columns.mT, b[..., self.first :], out=product)
-            self.panel += product
+                self._flush()
+            if self.panel is None:
+                self.panel = torch.empty(self.size, device=self.device)
+            if self.pending:
+                product = torch.empty_like(self.panel) if product is None else product
+                self.panel += torch.bmm(columns, rows, out=product)
+            else:
+                torch.bmm(columns, rows, out=self.panel)
             self.pending += 1
 
-    def flush(self) -> torch.Tensor:
-        """Move the latest products to the float64 sum, and return that."""
-        if self.total is None:
-            self.total = self.panel.double()
-        else:
-            self.total += self.panel
-        self.panel.zero_()
+    def _flush(self) -> None:
+        """Move the latest products to the shard's sum."""
+        if self.panel is not None and self.pending:
+            self.shard = self.panel.double() if self.shard is None else self.shard.add_(self.panel)
         self.pending = 0
-        return self.total
+
+    def seal(self) -> None:
+        """End the shard: add its sum to those before."""
+        if self.shard is not None:
+            self._flush()
+        here = self.panel if self.shard is None and self.pending else self.shard
+        self.total = _plus(self.total, here)
+        if self.total is self.panel:  # the first shard, which float32 still holds exactly
+            self.panel = None
+        self.shard, self.pending = None, 0
 
     def merge(self, other: _Strip) -> None:
-        """Add the sums of other rows; both are flushed."""
-        self.flush().add_(other.flush().to(self.panel.device))
+        """Add the sums of other shards; both are sealed."""
+        if other.total is not None:
+            self.total = _plus(self.total, other.total.to(self.device))
+
+    def move(self, device: torch.device) -> None:
+        """Move what is sealed, and let go of all else."""
+        self.device, self.panel = device, None
+        self.total = None if self.total is None else self.total.to(device)
 
     def mean(self, weight: float) -> torch.Tensor:
-        sums = self.panel.double() if self.total is None else self.total + self.panel
-        return sums.div_(weight).float()
+        total = torch.zeros(self.size, device=self.device) if self.total is None else self.total
+        return total.double().div_(weight).float()
 
     def finite(self) -> bool:
         """Look at the sums of squares only: a row that is not finite spoils its own."""
-        sums = [self.panel] if self.total is None else [self.panel, self.total]
-        return all(bool(s.diagonal(dim1=1, dim2=2).isfinite().all()) for s in sums)
+        held = self.panel if self.pending else None, self.shard, self.total
+        sums = (s.diagonal(dim1=1, dim2=2) for s in held if s is not None)
+        return all(bool(squares.isfinite().all()) for squares in sums)
+
+
+def _plus(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the sum of two shards in float64; None is zero."""
+    if total is None or more is None:
+        return more if total is None else total
+    return total.double().add_(more)
 
 
 def _strip_width(features: int, device: torch.device) -> int:
@@ -191,16 +223,29 @@ class _Sums:
         self.groups = groups
         self.rows = 0
         self._device = torch.device(device)
-        self._weight = 0.0
-        self._sum = torch.zeros(groups, features, dtype=torch.float64, device=self._device)
+        # Of the shard that is read, and of those before.
+        self._here, self._weight_here = self._zeros(), 0.0
+        self._sum, self._weight = self._zeros(), 0.0
         self._shares: torch.Tensor | None = None
         self._strips: list[_Strip] = []
 
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(self.groups, self.features, dtype=torch.float64, device=self._device)
+
+    def seal(self) -> None:
+        """End a shard: what is added from now on is another's."""
+        self._sum, self._here = self._sum + self._here, self._zeros()
+        self._weight, self._weight_here = self._weight + self._weight_here, 0.0
+        for strip in self._strips:
+            strip.seal()
+
     def merge(self, other: Self) -> None:
-        """Add what was summed of other rows: the result is that of all rows in one sum.
+        """Add the sums of another shard: the result is that of adding its rows here, bit by bit.
 
         Sums are exact in their weights: rows that weigh differently may lie in either part.
         """
+        self.seal()
+        other.seal()
         self.rows += other.rows
         self._weight += other._weight
         self._sum += other._sum.to(self._device)
@@ -208,6 +253,13 @@ class _Sums:
             self._shares = other._shares + (0 if self._shares is None else self._shares)
         for strip, more in zip(self._strips, other._strips, strict=True):
             strip.merge(more)
+
+    def move(self, device: torch.device) -> None:
+        """Move sealed sums to a device."""
+        self._device = device
+        self._here, self._sum = self._here.to(device), self._sum.to(device)
+        for strip in self._strips:
+            strip.move(device)
 
     @property
     def parts(self) -> int:
@@ -220,10 +272,10 @@ class _Sums:
     def _count(self, rows: torch.Tensor, weight: float, shares: torch.Tensor | None) -> None:
         count = rows.shape[1] if shares is None else int(shares.sum())
         self.rows += count
-        self._weight += weight * count
+        self._weight_here += weight * count
         if shares is not None:
             self._shares = shares.double().cpu() + (0 if self._shares is None else self._shares)
-        self._sum.add_(rows.sum(1, dtype=torch.float64), alpha=weight)
+        self._here.add_(rows.sum(1, dtype=torch.float64), alpha=weight)
 
     def _require_rows(self) -> None:
         if self.rows == 0:
@@ -250,7 +302,7 @@ class GramAccumulator(_Sums):
         width = _strip_width(features, self._device)
         for start in range(0, features, width):
             size = (groups, min(width, features - start), features - start)
-            self._strips.append(_Strip(start, start, torch.zeros(size, device=self._device)))
+            self._strips.append(_Strip(start, start, size, self._device))
 
     def add(
         self,
@@ -287,6 +339,7 @@ class GramAccumulator(_Sums):
             DataError: no row was added.
         """
         self._require_rows()
+        self.seal()
         matrix = torch.empty(self.groups, self.features, self.features, device=self._device)
         while self._strips:
             strip = self._strips.pop()
@@ -317,7 +370,7 @@ class CrossAccumulator(_Sums):
         width = _strip_width(features, self._device)
         for start in range(0, left, width):
             size = (groups, min(width, left - start), features)
-            self._strips.append(_Strip(start, 0, torch.zeros(size, device=self._device)))
+            self._strips.append(_Strip(start, 0, size, self._device))
 
     def add(
         self,
@@ -340,6 +393,7 @@ class CrossAccumulator(_Sums):
     def finish(self) -> Cross:
         """Return the mean product and release the sums; DataError where no row was added."""
         self._require_rows()
+        self.seal()
         panels = [strip.mean(self._weight) for strip in self._strips]
         self._strips.clear()
         return Cross(torch.cat(panels, dim=1), (self._sum / self._weight).float())

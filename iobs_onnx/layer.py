@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, OptionError, SolverError
-from iobs_onnx.solvers import Problem, Solver, make_solver
+from iobs_onnx.hessian import exact_float32
+from iobs_onnx.solvers import Problem, Solver, Sparse, make_solver
 from iobs_onnx.solvers.quadratic import squared_norms
 from iobs_onnx.sparsity import Pattern, parse_sparsity
 
@@ -102,6 +103,7 @@ def solve_layer(
     )
 
 
+@exact_float32()
 def newton_step(
     start: torch.Tensor,
     gradient: torch.Tensor,
@@ -149,6 +151,7 @@ def absolute_damping(damping: float, hessian: torch.Tensor) -> float:
     return damping * level if level > 0 else 1.0
 
 
+@exact_float32()
 def solve_stacked(
     weights: Sequence[torch.Tensor],
     hessian: torch.Tensor,
@@ -156,11 +159,12 @@ def solve_stacked(
     pattern: Pattern,
     solver: Solver,
     damping: float,
+    solve: Callable[[Solver, Problem], Sparse] | None = None,
 ) -> list[Solution[torch.Tensor]]:
     """Prune several weights `(out_i, in)` that read the same input, sharing its factorisation.
 
     Each weight holds the pattern on its own. Arguments are as in :func:`solve_layer`, float32
-    and already checked.
+    and already checked; `solve` runs the solver where it is not to run here.
     """
     blocks = tuple(len(weight) for weight in weights)
     problem = Problem(
@@ -169,7 +173,7 @@ def solve_stacked(
     if pattern.density == 1.0:
         weight, mask = problem.weight, torch.ones_like(problem.weight, dtype=torch.bool)
     else:
-        weight, mask = solver.solve(problem)
+        weight, mask = solver.solve(problem) if solve is None else solve(solver, problem)
     if not bool(weight.isfinite().all()):
         raise SolverError(
             f"{type(solver).__name__} ended with weights that are not finite at damping "

@@ -132,7 +132,7 @@ def verify(
     if not unknown:
         check_model(model if isinstance(sparse, onnx.ModelProto | ir.Model) else sparse)
     # 1:1 fits every site: without a claim all are looked at.
-    chosen = select(find_sites(model), pattern or NM(1, 1), include, exclude)
+    chosen = select(find_sites(model), [pattern or NM(1, 1)], include, exclude)
     claims = {} if pattern is None else {site.name: pattern for site in chosen.sites}
     broken = {item.site: item for item in check_pattern(model, chosen.sites, claims)}
     can_2_4 = [site for site in chosen.sites if eligibility_2_4(site)[0]]

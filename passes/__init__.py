@@ -39,6 +39,7 @@ from iobs_onnx.passes.files.load_save import (
     saving,
 )
 from iobs_onnx.passes.files.place import Place, place_of
+from iobs_onnx.passes.files.ship import Shipment, pack, unpack
 from iobs_onnx.passes.files.sizes import Sizes, model_sizes
 from iobs_onnx.passes.graph.moving import moving_lengths
 from iobs_onnx.passes.graph.tensors import Slot, release, stored_slots
@@ -59,6 +60,7 @@ __all__ = [
     "Place",
     "Segment",
     "Sequential",
+    "Shipment",
     "Sizes",
     "Slot",
     "Surroundings",
@@ -89,6 +91,7 @@ __all__ = [
     "model_sizes",
     "moving_lengths",
     "outputs_out_of_reach",
+    "pack",
     "partition",
     "permute_channels",
     "place_of",
@@ -108,6 +111,7 @@ __all__ = [
     "stored_slots",
     "trtexec_command",
     "unknown_to_checker",
+    "unpack",
     "why_not_integers",
     "widen",
     "working_in",

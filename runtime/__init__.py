@@ -23,7 +23,7 @@ from iobs_onnx.runtime.session import (
     session_info,
     taken,
 )
-from iobs_onnx.runtime.stream import Batch, Store, Stream
+from iobs_onnx.runtime.stream import Batch, Spool, Store, Stream, weighed
 
 __all__ = [
     "NEVER_FINITE",
@@ -42,6 +42,7 @@ __all__ = [
     "RandomSamples",
     "Samples",
     "SelfSamples",
+    "Spool",
     "Store",
     "Stream",
     "Sums",
@@ -60,5 +61,6 @@ __all__ = [
     "run_errors",
     "session_info",
     "taken",
+    "weighed",
     "with_random_tokens",
 ]

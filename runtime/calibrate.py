@@ -43,6 +43,10 @@ class NotFinite(DataError):
         self.value = value
         self.batch = batch
 
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, str, int]]:
+        """Travel between processes."""
+        return NotFinite, (str(self), self.value, self.batch)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -71,7 +75,7 @@ class Calibration:
 
 @dataclass
 class Sums:
-    """Raw sums over some batches, which add up with those over others.
+    """Raw sums over some shards, which add up with those over others.
 
     Attributes:
         grams: `XᵀX` of every tap.
@@ -93,8 +97,23 @@ class Sums:
     batches: int = 0
     excluded: bool = False
 
+    @classmethod
+    def of(
+        cls, taps: Iterable[Tap], beside: Iterable[tuple[Tap, Tap]], device: torch.device
+    ) -> Sums:
+        """Return empty sums of taps, and of pairs of a tap and the stream beside it."""
+        crosses = {
+            (tap, other): CrossAccumulator(other.features, tap.features, tap.groups, device)
+            for tap, other in beside
+        }
+        grams = {tap: GramAccumulator(tap.features, tap.groups, device) for tap in taps}
+        return cls(grams, {}, crosses)
+
     def merge(self, other: Sums) -> None:
-        """Add the sums over other batches; `other` is used up."""
+        """Add the sums over another shard; `other` is used up.
+
+        The result is that of :func:`collect` with these sums as `onto`, bit by bit.
+        """
         for tap, gram in self.grams.items():
             gram.merge(other.grams[tap])
         for tap, drift in other.drifts.items():
@@ -112,6 +131,19 @@ class Sums:
         self.kept |= other.kept
         self.batches += other.batches
         self.excluded |= other.excluded
+
+    def seal(self) -> None:
+        """End a shard, in every sum."""
+        for sums in self._all():
+            sums.seal()
+
+    def move(self, device: torch.device) -> None:
+        """Move every sum to a device; they are sealed."""
+        for sums in self._all():
+            sums.move(device)
+
+    def _all(self) -> list[GramAccumulator | CrossAccumulator]:
+        return [*self.grams.values(), *self.drifts.values(), *self.beside.values()]
 
     def leave_out(self, taps: Iterable[Tap]) -> None:
         """Drop drift and residual of taps, for good: what some batches lack says nothing of all."""
@@ -161,8 +193,10 @@ def collect(
     beside: Collection[tuple[Tap, Tap]] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[], None] | None = None,
+    onto: Sums | None = None,
+    first: int = 0,
 ) -> Sums:
-    """Sum the products of every tap's rows over batches.
+    """Sum the products of every tap's rows over the batches of a shard.
 
     Args:
         taps: what to collect; several may read one value.
@@ -173,6 +207,9 @@ def collect(
             `dense` is given.
         device: where the Hessians are summed and stay.
         progress: called after every batch.
+        onto: sums over the shards before this one, of the same taps and pairs: they are added to,
+            and returned. None for the first shard.
+        first: number of the first batch, for messages.
 
     Raises:
         NotFinite: an activation holds NaN or Inf.
@@ -180,17 +217,20 @@ def collect(
         ModelError: a tap's value does not have the shape its weight multiplies.
     """
     device = torch.device(device)
-    collector = _Collector(taps, tuple(beside) if dense is not None else (), device)
+    pairs_beside = tuple(beside) if dense is not None else ()
+    sums = Sums.of(taps, pairs_beside, device) if onto is None else onto
+    collector = _Collector(sums, pairs_beside, device)
     with exact_float32(), collector:
         # The dense model goes first: the other may read what it has just computed.
         pairs = (
             zip(dense, batches, strict=True) if dense is not None else ((None, b) for b in batches)
         )
-        for reference, batch in pairs:
-            collector.add(batch, reference)
+        for number, (reference, batch) in enumerate(pairs, start=first):
+            collector.add(batch, reference, number)
             if progress is not None:
                 progress()
-    return collector.sums
+    sums.seal()
+    return sums
 
 
 @dataclass(frozen=True)
@@ -211,18 +251,8 @@ class _Collector:
     the large ones split into parts so that none holds up the rest.
     """
 
-    def __init__(
-        self, taps: Sequence[Tap], beside: Sequence[tuple[Tap, Tap]], device: torch.device
-    ) -> None:
-        self._device, self._pairs = device, beside
-        self.sums = Sums(
-            {tap: GramAccumulator(tap.features, tap.groups, device) for tap in taps},
-            {},
-            {
-                (tap, other): CrossAccumulator(other.features, tap.features, tap.groups, device)
-                for tap, other in beside
-            },
-        )
+    def __init__(self, sums: Sums, beside: Sequence[tuple[Tap, Tap]], device: torch.device) -> None:
+        self.sums, self._pairs, self._device = sums, beside, device
         self._threads = torch.get_num_threads()
         self._workers = self._threads if device.type == "cpu" else 1
         self._jobs: list[_Job] = []
@@ -238,10 +268,9 @@ class _Collector:
         # A worker's setting is also the default of threads that torch has not seen yet.
         torch.set_num_threads(self._threads)
 
-    def add(self, batch: Batch, dense: Batch | None) -> None:
+    def add(self, batch: Batch, dense: Batch | None, number: int) -> None:
         """Add one batch; `dense` is given with every batch or with none."""
-        index = self.sums.batches
-        if dense is not None and not index:
+        if dense is not None and not self.sums.batches:
             self.sums.drifts = {
                 tap: CrossAccumulator(tap.features, tap.features, tap.groups, self._device)
                 for tap in self.sums.grams
@@ -271,7 +300,7 @@ class _Collector:
                 for chunk, here in _first(rows, shares):
                     self.sums.grams[tap].add(chunk, batch.weight, shares=here, **share)
                 if not self.sums.grams[tap].finite(job.part, job.parts):
-                    raise _not_finite(activation, tap, index)
+                    raise _not_finite(activation, tap, number)
                 return
             sums = self.sums.drifts[tap] if job.left is tap else self.sums.beside[tap, job.left]
             with away.of(job.left) as difference:

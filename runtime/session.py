@@ -67,7 +67,9 @@ class InputSpec:
         return self.name.startswith("past_key_values")
 
 
-def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSession:
+def open_session(
+    model: Model, provider: Provider = "auto", *, threads: int = 0
+) -> ort.InferenceSession:
     """Load a model into ONNX Runtime.
 
     Args:
@@ -75,6 +77,7 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
             `onnx_ir.Model` knows its folders, a `ModelProto` means the working directory. The
             external data of an `onnx_ir.Model` are mapped into memory and not copied on the CPU.
         provider: `auto` takes CUDA where it works and the CPU elsewhere, and logs which.
+        threads: that an operator may take; 0 for one a core.
 
     Raises:
         DependencyError: no onnxruntime is installed, or `cuda` is asked for and cannot be had.
@@ -96,7 +99,7 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
     lean = isinstance(model, ir.Model)
     disabled = ["ConstantFolding"] if lean else []
     if available:
-        options = _options(runtime, folder, weights, lean=lean, severity=_ERROR)
+        options = _options(runtime, folder, weights, threads, lean=lean, severity=_ERROR)
         session = _try_cuda(runtime, source, options, disabled)
         if session is not None:
             session.weights = weights
@@ -110,7 +113,7 @@ def open_session(model: Model, provider: Provider = "auto") -> ort.InferenceSess
     with _refusals(runtime, f"model {_label(model)}: ONNX Runtime cannot load it"):
         session = runtime.InferenceSession(
             source,
-            _options(runtime, folder, weights, lean=lean),
+            _options(runtime, folder, weights, threads, lean=lean),
             providers=[_CPU],
             enable_fallback=0,
             disabled_optimizers=disabled,
@@ -191,12 +194,14 @@ def _options(
     runtime: ModuleType,
     folder: str | None,
     weights: dict[str, ort.OrtValue],
+    threads: int,
     *,
     lean: bool,
     severity: int = _FATAL,
 ) -> ort.SessionOptions:
     options = runtime.SessionOptions()
     options.log_severity_level = severity
+    options.intra_op_num_threads = threads
     # ONNX Runtime's idle threads would keep the cores that the Gram matrices need.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if folder is not None:
@@ -267,6 +272,7 @@ def _weights_beside(
             or tensor.dtype not in PLAIN
             or tensor.nbytes < _PASSED_BESIDE
             or value.is_graph_input()
+            or not value.uses()  # ONNX Runtime drops it before it looks for its values
         ):
             continue
         array = np.ascontiguousarray(tensor.numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,37 @@ class Store:
             held.unlink()
         else:
             self._free += held.nbytes
+
+
+class Spool:
+    """Feeds that are read to their end now, to be iterated once, later: their number is known.
+
+    Args:
+        feeds: one may come with a weight, as a pair.
+        store: holds them.
+    """
+
+    def __init__(self, feeds: Iterable[Feed | tuple[Feed, float]], store: Store) -> None:
+        self._store = store
+        self._held = deque(
+            ({name: store.put(array) for name, array in feed.items()}, weight)
+            for feed, weight in map(weighed, feeds)
+        )
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[tuple[Feed, float]]:
+        while self._held:
+            held, weight = self._held.popleft()
+            yield {name: self._store.get(array) for name, array in held.items()}, weight
+            for array in held.values():
+                self._store.drop(array)
+
+
+def weighed(item: Feed | tuple[Feed, float]) -> tuple[Feed, float]:
+    """Return a feed and its weight, 1 where it comes without one."""
+    return item if isinstance(item, tuple) else (item, 1.0)
 
 
 class Stream:
@@ -199,7 +231,7 @@ class Stream:
                 index += 1
             return
         for index, item in enumerate(self._feeds):
-            feed, weight = item if isinstance(item, tuple) else (item, 1.0)
+            feed, weight = weighed(item)
             self._weights.append(weight)
             mask = feed.get(self._padding.name) if self._padding else None
             self._masks.append(None if mask is None else mask != 0)

@@ -22,7 +22,13 @@ RULES: list[tuple[tuple[str, ...], tuple[Any, ...], tuple[Any, ...], str]] = [
         (0, True, 1.0, "1"),
         "an integer of at least 1",
     ),
-    (("distill_steps",), (1, 400, None), (0, True, 1.0), "an integer of at least 1"),
+    (("distill_steps", "workers"), (1, 400, None), (0, True, 1.0), "an integer of at least 1"),
+    (
+        ("ray",),
+        ("auto", "10.0.0.1:6379", "head:1", None),
+        ("", "head", "ray://head:10001", 6379),
+        "host:port or auto",
+    ),
     (
         ("distill_time",),
         (0.5, 60, None),
@@ -87,7 +93,7 @@ def test_choices() -> None:
 
 
 def test_every_option_is_checked() -> None:
-    rest = {"sparsity", "include", "exclude", "memory_budget", "metric"}
+    rest = {"sparsity", "include", "exclude", "patterns", "memory_budget", "metric"}
     by_choice = {f.name for f in dataclasses.fields(PruneConfig) if "choices" in f.metadata["how"]}
     assert {f.name for f in dataclasses.fields(PruneConfig)} == (
         {name for name, *_ in CASES} | rest | by_choice

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleDimensions
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from iobs_onnx.commands.printable import printable
-from iobs_onnx.pruning.progress import Progress
+from iobs_onnx.pruning.progress import Advance, Progress
 
 
 def make_console() -> Console:
@@ -36,15 +42,27 @@ class _Console(Console):
 
 
 class Bars(Progress):
-    """Progress bars on a terminal."""
+    """Progress bars on a terminal: steps done, time taken and left, and what a stage says."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextmanager
-    def stage(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:
+    def stage(self, name: str, total: int | None) -> Iterator[Advance]:
         """Draw one bar while the stage lasts."""
-        columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn())
-        with RichProgress(*columns, TimeElapsedColumn(), console=self._console) as bars:
-            task = bars.add_task(name, total=total)
-            yield lambda: bars.advance(task)
+        columns = (
+            TextColumn("{task.description:>10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[said]}"),
+        )
+        with RichProgress(*columns, console=self._console) as bars:
+            task = bars.add_task(name, total=total, said="")
+
+            def advance(said: str = "", total: int | None = None) -> None:
+                bars.update(task, advance=1, said=said, total=total)
+
+            yield advance

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from iobs_onnx.commands.printable import to_json
-from iobs_onnx.config import PruneConfig, require_known
+from iobs_onnx.config import PruneConfig
+from iobs_onnx.config.checks import require_known
 from iobs_onnx.errors import OptionError
 from iobs_onnx.pruning.progress import Progress
 
 # What a TOML file may hold besides the fields of PruneConfig.
 _RUN_OPTIONS = ("calibration", "holdout", "work_dir", "output", "report_dir")
+_UNTRAINED = "to win accuracy back, train what was kept: --distill model, or iobs-onnx distill"
 
 
 def add(commands: Any) -> None:
@@ -113,6 +115,8 @@ def _run(arguments: argparse.Namespace) -> int:
         for part in render(result.report):
             console.print(part)
         console.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+        if result.report.distillation is None:
+            console.print(_UNTRAINED, soft_wrap=True)
     return 0
 
 

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from iobs_onnx.config.checks import (
     Check,
+    address,
     as_given,
     boolean,
     bound,
     finite,
     globs,
     integer,
+    nm_patterns,
     number,
     one_of,
     parse_bytes,
     path,
+    require_known,
     seconds,
     share,
     share_below_one,
 )
+from iobs_onnx.config.company import require_company
 from iobs_onnx.errors import OptionError
 from iobs_onnx.sparsity import NM, Pattern, parse_sparsity
 
@@ -47,6 +50,9 @@ def _option(default: Any, text: str, check: Check = as_given, **how: Any) -> Any
     return field(default=default, metadata={"help": text, "check": check, "how": how})
 
 
+Training: TypeAlias = Literal["none", "blocks", "model", "both"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """How to prune; see `iobs-onnx prune --help` for what each field means.
@@ -66,7 +72,8 @@ class PruneConfig:
     solver: str = _option("iobs", "how each layer is solved", choices=SOLVER_NAMES)
     preset: Literal["fast", "balanced", "best"] | None = _option(
         None,
-        "how long iobs searches (default: balanced)",
+        "how long iobs searches (default: balanced); best also trains what is kept, as --distill "
+        "model does",
         choices=("fast", "balanced", "best"),
     )
     text: str | None = _option(
@@ -203,18 +210,20 @@ class PruneConfig:
         type=float,
         metavar="F",
     )
-    distill: Literal["none", "blocks", "model", "both"] = _option(
-        "none",
+    distill: Literal["none", "blocks", "model", "both"] | None = _option(
+        None,
         "train what is kept, biases and norms towards the dense model, without labels: block by "
         "block towards its activations, the whole model towards its outputs, or one after the "
         "other; taken only if the held-out loss falls. With --calibration self the model goes on "
-        "writing while the whole is trained",
+        "writing while the whole is trained (default: none; with --preset best model, where that "
+        "can be done)",
         choices=("none", "blocks", "model", "both"),
     )
     distill_steps: int | None = _option(
         None,
-        "steps of --distill, each on one batch: of the whole model (default: 400), and of all "
-        "blocks together (default: eight passes of each over the data)",
+        "steps of --distill, each on one batch: of the whole model (default: 400; 1600 where "
+        "preset best trains), and of all blocks together (default: eight passes of each over the "
+        "data)",
         check=integer(1),
         type=int,
         metavar="N",
@@ -238,6 +247,14 @@ class PruneConfig:
         "costs less layer error, or less of the model's own loss; with N:M, loss says which sites "
         "go back to dense first under a bound",
         choices=("uniform", "error", "loss"),
+    )
+    patterns: tuple[NM, ...] = _option(
+        (),
+        "with --allocate and a fraction removed: an N:M pattern that sites choose from, in place "
+        "of fractions of their own; may be given more than once, and at least that fraction goes",
+        check=nm_patterns,
+        action="append",
+        metavar="N:M",
     )
     metric: str | Callable[[str], float] | None = _option(  # noqa: RUF009 - a field, see _option
         None,
@@ -294,6 +311,20 @@ class PruneConfig:
     device: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "where Hessians are summed and layers solved", choices=("auto", "cpu", "cuda")
     )
+    workers: int | None = _option(
+        None,
+        "calibrate and solve in this many processes, by Ray; the result is the same "
+        "(default with --ray: one a GPU, or else one a machine)",
+        check=integer(1),
+        type=int,
+        metavar="N",
+    )
+    ray: str | None = _option(
+        None,
+        "take the workers of this cluster: host:port of its head, or auto on one of its machines",
+        check=address,
+        metavar="ADDRESS",
+    )
     max_output_error: float | None = _option(
         None,
         "write nothing, and exit with 4, where the relative error of an output on held-out samples "
@@ -312,42 +343,12 @@ class PruneConfig:
             if value is not None or option.default is not None:
                 kept = option.metadata["check"](option.name, value)
                 object.__setattr__(self, option.name, kept)
-        self._require_company()
+        require_company(self)
 
-    def _require_company(self) -> None:
-        """Refuse options that mean nothing beside the others."""
-        if self.preset is not None and self.solver != "iobs":
-            raise OptionError(f"preset {self.preset}: belongs to solver iobs, not {self.solver}")
-        if self.permute and not isinstance(self.sparsity, NM):
-            raise OptionError(
-                f"permute: the order of channels means nothing to {self.sparsity}; use N:M or "
-                "leave it out"
-            )
-        if self.quantize is not None and self.emit == "sparse-initializer":
-            raise OptionError("quantize int8: integers are written as dense tensors; emit dense")
-        if self.forgetting_factor and self.rounds == 1:
-            raise OptionError(
-                f"forgetting_factor {self.forgetting_factor}: one round has none before it; give "
-                "rounds"
-            )
-        for name in ("distill_steps", "distill_time"):
-            if self.distill == "none" and (value := getattr(self, name)) is not None:
-                raise OptionError(f"{name} {value}: goes with distill blocks, model or both")
-        if self.min_metric is not None and self.metric is None:
-            raise OptionError(f"min_metric {self.min_metric}: give the metric that it bounds")
-        self._require_free_shares()
-
-    def _require_free_shares(self) -> None:
-        if self.allocate == "uniform" or not isinstance(self.sparsity, NM):
-            return
-        same = f"allocate {self.allocate}: {self.sparsity} is the same for every site by its nature"
-        if self.allocate == "error":
-            raise OptionError(f"{same}; give a fraction removed, such as 50%")
-        if self.budget_error is None and self.min_metric is None:
-            raise OptionError(
-                f"{same}; give a fraction removed, such as 50%, or budget_error or min_metric, for "
-                "which it says what goes back to dense first"
-            )
+    @property
+    def training(self) -> Training:
+        """What is trained: what `distill` says, or else the preset."""
+        return self.distill or ("model" if self.preset == "best" else "none")
 
     def as_dict(self) -> dict[str, Any]:
         """Return every option as JSON types, for the report."""
@@ -357,6 +358,7 @@ class PruneConfig:
             "metric": getattr(self.metric, "__qualname__", self.metric),
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "patterns": list(map(str, self.patterns)),
         }
 
 
@@ -371,12 +373,3 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
     if "sparsity" not in options:
         raise OptionError("sparsity is missing: give 2:4, any N:M, or the fraction removed")
     return PruneConfig(**options)
-
-
-def require_known(options: Mapping[str, Any], known: list[str], what: str) -> None:
-    """Raise an OptionError that names the nearest known option for one that is not."""
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise OptionError(f"{what} {name!r} is unknown: {hint}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from iobs_onnx.errors import OptionError
+from iobs_onnx.sparsity import NM, parse_sparsity
 
 # Takes an option's name and the value given; returns the value as it is kept.
 Check: TypeAlias = Callable[[str, Any], Any]
+
+_ADDRESS = re.compile(r"auto|[^/\s]+:\d+")
 
 
 def _expect(*rules: tuple[str, Callable[[Any], bool]]) -> Check:
@@ -43,6 +47,7 @@ _FINITE = (_NOT_NEGATIVE, lambda value: _is(value, int | float) and 0 <= value <
 finite = _expect(_FINITE)
 share = _expect(_FINITE, ("a share at most 1", lambda value: value <= 1))
 share_below_one = _expect(_FINITE, ("a share below 1", lambda value: value < 1))
+address = _expect(("host:port or auto", lambda value: bool(_ADDRESS.fullmatch(str(value)))))
 _is_path = _expect(("a path", lambda value: isinstance(value, str | os.PathLike)))
 
 
@@ -54,6 +59,16 @@ def path(name: str, value: Any) -> str:
 def globs(_name: str, value: Any) -> tuple[str, ...]:
     """Return one glob or several as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def nm_patterns(name: str, value: Any) -> tuple[NM, ...]:
+    """Return one N:M pattern or several as a tuple, each once; of those that keep all, none."""
+    given = [value] if isinstance(value, str | NM) else list(value or ())
+    found = [parse_sparsity(each) for each in given]
+    for each in found:
+        if not isinstance(each, NM) or each.n == each.m:
+            raise OptionError(f"{name} {each}: expected N:M with N below M, such as 2:4")
+    return tuple(dict.fromkeys(each for each in found if isinstance(each, NM)))
 
 
 def one_of(choices: tuple[str, ...]) -> Check:
@@ -95,3 +110,12 @@ def seconds(name: str, time: Any) -> float:
     if isinstance(time, bool) or number <= 0:
         raise OptionError(f"{name} {time!r}: expected a time such as 90s, 20min or 1.5h")
     return number
+
+
+def require_known(options: Mapping[str, Any], known: list[str], what: str) -> None:
+    """Raise an OptionError that names the nearest known option for one that is not."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise OptionError(f"{what} {name!r} is unknown: {hint}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from iobs_onnx.errors import OptionError
 from iobs_onnx.passes import Codes, replacing
 from iobs_onnx.pruning.records import Measurements, SolvedSite
-from iobs_onnx.runtime import Feed
+from iobs_onnx.runtime import Feed, weighed
 from iobs_onnx.site import Site
 
 _Key = TypeVar("_Key")
@@ -60,23 +60,28 @@ class Checkpoint:
         self._run = self._after = _sha256(run)
 
     def digested(
-        self, name: str, feeds: Iterable[Feed | tuple[Feed, float]]
-    ) -> Iterator[Feed | tuple[Feed, float]]:
-        """Yield the feeds; after the last, see that they are those of the run that goes on.
+        self, name: str, shards: Sequence[Iterable[Feed | tuple[Feed, float]]]
+    ) -> list[Iterator[Feed | tuple[Feed, float]]]:
+        """Return the feeds of each shard; after the last of one they are held to those before.
 
         Raises:
-            OptionError: an earlier run read other feeds.
+            OptionError: on the way: an earlier run read others.
         """
+        return [self._digested(name, i, len(shards), feeds) for i, feeds in enumerate(shards)]
+
+    def _digested(
+        self, name: str, shard: int, shards: int, feeds: Iterable[Feed | tuple[Feed, float]]
+    ) -> Iterator[Feed | tuple[Feed, float]]:
         hashed = hashlib.sha256()
         for item in feeds:
             _hash(hashed, item)
             yield item
-        found = {"sha256": hashed.hexdigest()}
-        held = self._read(f"{name}-feeds", self._run)
+        record, found = f"{name}-feeds-{shard:02d}", {"sha256": hashed.hexdigest(), "of": shards}
+        held = self._read(record, self._run)
         if held is None:
-            if any(other.startswith(f"{name}-") for other in self._found):
-                raise self._damaged(f"{name}-feeds.json", "is missing", "this folder")
-            self._write(f"{name}-feeds", {**found, "after": self._run})
+            if any(other.startswith(f"{name}-segment-") for other in self._found):
+                raise self._damaged(f"{record}.json", "is missing", "this folder")
+            self._write(record, {**found, "after": self._run})
         elif held != found:
             raise OptionError(
                 f"work-dir {self.folder}: holds a run on other calibration data; give another "
@@ -282,7 +287,7 @@ def digest(feeds: Iterable[Feed]) -> str:
 
 
 def _hash(hashed: hashlib._Hash, item: Feed | tuple[Feed, float]) -> None:
-    feed, weight = item if isinstance(item, tuple) else (item, 1.0)
+    feed, weight = weighed(item)
     for key in sorted(feed):
         array = np.asarray(feed[key])
         hashed.update(f"{key} {array.dtype} {array.shape} {weight!r}".encode())

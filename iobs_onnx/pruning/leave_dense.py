@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import DataError, GateError
 from iobs_onnx.pruning.judge import Judge, Verdict
+from iobs_onnx.pruning.progress import Advance
 from iobs_onnx.pruning.records import Run, with_sites
 from iobs_onnx.pruning.stages import ModelProposal, Pruned
 from iobs_onnx.site import Site
@@ -34,7 +35,7 @@ class LeaveDense:
         """Return None: how many models are judged follows from the verdicts."""
         return None
 
-    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+    def run(self, run: Run, pruned: Pruned, advance: Advance) -> ModelProposal:
         """Propose the sites that may stay sparse.
 
         Raises:

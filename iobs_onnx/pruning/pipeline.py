@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.engine import Engine, default_memory_budget
+from iobs_onnx.engine import Engine, default_memory_budget, memory_faults
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.passes import (
     count_parameters,
@@ -33,7 +33,8 @@ from iobs_onnx.passes import (
     writing_to,
 )
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
-from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, require_distillable
+from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, settle
+from iobs_onnx.pruning.executor import Crew, LocalCrew
 from iobs_onnx.pruning.finish import Finish
 from iobs_onnx.pruning.judge import Judge, find_metric, require_output_error
 from iobs_onnx.pruning.leave_dense import LeaveDense, reason
@@ -48,6 +49,7 @@ from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.sources import calibration_sources, open_sources
 from iobs_onnx.pruning.stages import ModelStage, Pruned
 from iobs_onnx.pruning.walk import Route
+from iobs_onnx.pruning.workers import RayCrew
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
 from iobs_onnx.runtime import Data, input_specs
@@ -118,7 +120,11 @@ def prune(
         GateError: it does not hold a bound that an option set.
     """
     config = make_config({"sparsity": sparsity, "solver": solver, **options})
-    with writing_to(output):
+    full = memory_faults(
+        f"device {config.device}",
+        "make --memory-budget or --batch-size smaller, or use --device cpu",
+    )
+    with writing_to(output), full:
         return _prune(
             model,
             config,
@@ -148,7 +154,8 @@ def _prune(
     chosen = _chosen(dense, config)
     sources = calibration_sources(calibration, config, dense, model, input_specs(dense))
     data = _opened(sources, holdout, dense, config)
-    with _work_folder(work_dir) as folder, _spill(folder) as spill:
+    config, untrained = settle(config, dense, chosen.sites, data)
+    with _work_folder(work_dir) as folder, _spill(folder) as spill, _crew(config) as crew:
         budget = config.memory_budget or default_memory_budget()
         engine = Engine(config.provider, budget, spill)
         checkpoint = Checkpoint(folder)
@@ -160,7 +167,7 @@ def _prune(
         run = replace(run, dense=reordered)
         allocation = allocate(run)
         run = replace(run, patterns=allocation.patterns)
-        rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge)
+        rounds = Rounds(run, Route.of(run), [Solve()], checkpoint, judge, crew)
         with progress.stage("prune", rounds.steps()) as advance:
             rounded = rounds.walk(advance)
         left = LeaveDense(judge, allocation.prices)
@@ -186,7 +193,7 @@ def _prune(
             permutations=permutations,
             allocation=allocation.as_list(),
             rounds=rounded.trace,
-            distillation=_distillation(final),
+            distillation=untrained or _distillation(final),
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
         )
@@ -198,12 +205,8 @@ def _prune(
 def _opened(sources: Sequence[Any], holdout: Any, dense: ir.Model, config: PruneConfig) -> Data:
     """Return the data, read to their end where that happens more than once."""
     data = open_sources(sources, holdout, input_specs(dense), config)
-    once = (config.rounds, config.allocate, config.permute, config.distill)
-    if once != (1, "uniform", False, "none"):
-        data = data.in_memory()
-    if config.distill != "none":
-        require_distillable(dense, data, config.distill)
-    return data
+    once = (config.rounds, config.allocate, config.permute, config.training)
+    return data if once == (1, "uniform", False, "none") else data.in_memory()
 
 
 def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
@@ -212,7 +215,8 @@ def _chosen(dense: ir.Model, config: PruneConfig) -> Candidates:
     Raises:
         ModelError: there is nothing to prune.
     """
-    chosen = select(find_sites(dense), config.sparsity, config.include, config.exclude)
+    patterns = config.patterns or [config.sparsity]
+    chosen = select(find_sites(dense), patterns, config.include, config.exclude)
     if not chosen.sites:
         reasons = sorted({item.reason for item in chosen.declined})
         listed = f"every candidate is declined: {'; '.join(reasons)}"
@@ -242,7 +246,13 @@ def _finished(
     if training and config.quantize is not None:
         with progress.stage("round", None) as advance:
             pruned = round_kept(
-                run, rounds.route, pruned, judge=judge, checkpoint=checkpoint, advance=advance
+                run,
+                rounds.route,
+                pruned,
+                judge=judge,
+                checkpoint=checkpoint,
+                crew=rounds.crew,
+                advance=advance,
             )
     bounded = config.budget_error is not None or config.min_metric is not None
     return finish.stages(pruned, [leave_dense] if bounded else [])
@@ -269,6 +279,12 @@ def _left_dense(run: Run, reached: Pruned, final: Pruned) -> list[Declined]:
         for site in run.sites
         if site not in final.sites
     ]
+
+
+def _crew(config: PruneConfig) -> AbstractContextManager[Crew]:
+    """Enter what runs the walks: this process, or workers."""
+    here = config.workers is None and config.ray is None
+    return nullcontext(LocalCrew()) if here else RayCrew.started(config)
 
 
 def _device(config: PruneConfig) -> torch.device:
@@ -317,9 +333,11 @@ def _identity(
     """Return what two runs that share a work folder have in common, besides their feeds."""
     if not isinstance(model, str | os.PathLike):
         raise OptionError(f"work-dir {work_dir}: give the model as a file, not in memory")
+    options = config.as_dict()
+    del options["workers"], options["ray"]  # they change no bit
     return {
         "model": model_hash(model),
         "version": importlib.metadata.version("iobs-onnx"),
-        "options": config.as_dict(),
+        "options": options,
         "held-out data": None if judging is None else digest(judging.held_out),
     }

@@ -13,6 +13,7 @@ from iobs_onnx.layer import Solution
 from iobs_onnx.passes import prepare, why_not_integers
 from iobs_onnx.pruning.aim import Stored, matrices
 from iobs_onnx.pruning.checkpoint import Checkpoint
+from iobs_onnx.pruning.executor import Crew
 from iobs_onnx.pruning.judge import Judge
 from iobs_onnx.pruning.records import Run, SolvedSite, with_sites
 from iobs_onnx.pruning.rounding import round_site
@@ -79,6 +80,7 @@ def round_kept(
     *,
     judge: Judge,
     checkpoint: Checkpoint,
+    crew: Crew,
     advance: Callable[[], None],
 ) -> Pruned:
     """Walk through the model once more, and round its sparse weights to int8.
@@ -89,6 +91,7 @@ def round_kept(
         pruned: the model as distilled.
         judge: of models.
         checkpoint: takes what is made.
+        crew: where the walk takes place.
         advance: called after every batch that is measured and every site.
     """
     working = prepare(with_sites(run.dense, pruned.sites, pruned.tensors), run.sites)
@@ -101,8 +104,10 @@ def round_kept(
         working,
         unmoved,
         run.data.calibration,
+        run.data.batches,
         stages=[RoundKept()],
         checkpoint=checkpoint,
+        crew=crew,
         advance=advance,
     )
     sites = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -19,9 +19,10 @@ from iobs_onnx.errors import CheckError, DataError, OptionError
 from iobs_onnx.passes import check_pattern, prepare
 from iobs_onnx.pruning.blame import explained
 from iobs_onnx.pruning.checkpoint import Checkpoint
-from iobs_onnx.pruning.executor import LocalExecutor, Shard
+from iobs_onnx.pruning.executor import Crew, LocalCrew
 from iobs_onnx.pruning.judge import Judge, Verdict
 from iobs_onnx.pruning.records import Facts, Run, SolvedSite, rewrite_sites, with_sites
+from iobs_onnx.pruning.shard import Item, deal
 from iobs_onnx.pruning.stages import Pruned, SegmentStage
 from iobs_onnx.pruning.walk import Route, Walk, Walked
 from iobs_onnx.report.record import Round
@@ -58,6 +59,7 @@ class Rounds:
         stages: of every segment.
         checkpoint: takes what is made.
         judge: says which round is the best.
+        crew: where walks take place.
     """
 
     run: Run
@@ -65,6 +67,7 @@ class Rounds:
     stages: Sequence[SegmentStage]
     checkpoint: Checkpoint
     judge: Judge
+    crew: Crew = field(default_factory=LocalCrew)
 
     def steps(self) -> int | None:
         """Return how often the walks call `advance`; None where the number of feeds is unknown."""
@@ -72,7 +75,7 @@ class Rounds:
         if batches is None:
             return None
         parts = [len(range(i, batches, rounds)) for i in range(rounds)]
-        walked = sum(part + (part + 1) // 2 if self.route.tokens else part for part in parts)
+        walked = sum(map(self.route.measured, parts))
         made = len(self.run.sites) * rounds * len(self.stages)
         return walked * len(self.route.segments) + made
 
@@ -87,9 +90,10 @@ class Rounds:
         best: Pruned | None = None
         trace: list[Round] = []
         facts, seconds = Facts(), defaultdict[str, float](float)
-        for number, feeds in enumerate(_parts(self.run.data, self.run.config.rounds), start=1):
+        parts = _parts(self.run.data, self.run.config.rounds)
+        for number, (feeds, count) in enumerate(parts, start=1):
             before = {} if best is None else best.sites
-            walked = self._walk(number, before, feeds, advance)
+            walked = self._walk(number, before, feeds, count, advance)
             # A site that no row reached in this round stays what it was.
             found = self._judged(number, {**before, **walked.sites})
             verdict = found.verdict
@@ -111,6 +115,7 @@ class Rounds:
         number: int,
         start: Mapping[Site, SolvedSite],
         feeds: Iterable[Feed],
+        count: int | None,
         advance: Callable[[], None],
     ) -> Walked:
         working = prepare(self.run.dense, self.run.sites)
@@ -122,8 +127,10 @@ class Rounds:
             working,
             start,
             feeds,
+            count,
             stages=self.stages,
             checkpoint=self.checkpoint,
+            crew=self.crew,
             advance=advance,
         )
 
@@ -162,12 +169,14 @@ def walk_once(
     working: ir.Model,
     start: Mapping[Site, SolvedSite],
     feeds: Iterable[Feed],
+    count: int | None,
     *,
     stages: Sequence[SegmentStage],
     checkpoint: Checkpoint,
+    crew: Crew,
     advance: Callable[[], None],
 ) -> Walked:
-    """Walk through a model once, in this process, and return what the stages made of it.
+    """Walk through a model once, and return what the stages made of it.
 
     Args:
         run: what all parts of the run share.
@@ -177,44 +186,47 @@ def walk_once(
             changed in place.
         start: what became of its sites so far.
         feeds: measured on, random tokens mixed in where the route says so.
+        count: of them, None where it is not known.
         stages: of every segment.
         checkpoint: takes what is made.
+        crew: where it takes place.
         advance: as for :class:`Walk`.
     """
-    config = run.config
+    config, store = run.config, run.engine.store()
 
-    def mixed() -> Iterable[Feed | tuple[Feed, float]]:
+    def mixed() -> Iterable[Item]:
         if not route.tokens:
             return feeds
         seed = config.seed + number - 1
         return with_random_tokens(feeds, *route.tokens, config.random_tokens, seed)
 
-    read = checkpoint.digested(f"round-{number}", mixed())
-    shard = Shard(run, route.model, working, read, differ=number > 1)
-    walk = Walk(
-        run,
-        route,
-        number,
-        start,
-        stages=stages,
-        executor=LocalExecutor(route.model, working, [shard]),
-        checkpoint=checkpoint,
-        advance=advance,
-    )
-    try:
-        return walk.run()
-    except NotFinite as error:
-        raise explained(error, run, route.model, mixed()) from error
+    dealt = deal(mixed(), None if count is None else route.measured(count), store)
+    shards = checkpoint.digested(f"round-{number}", dealt)
+    with crew.executor(run, route.model, working, shards, store, differ=number > 1) as executor:
+        walk = Walk(
+            run,
+            route,
+            number,
+            start,
+            stages=stages,
+            executor=executor,
+            checkpoint=checkpoint,
+            advance=advance,
+        )
+        try:
+            return walk.run()
+        except NotFinite as error:
+            raise explained(error, run, route.model, mixed()) from error
 
 
-def _parts(data: Data, rounds: int) -> Sequence[Iterable[Feed]]:
-    """Deal the feeds out to the rounds; one round reads them as they come."""
+def _parts(data: Data, rounds: int) -> Sequence[tuple[Iterable[Feed], int | None]]:
+    """Deal the feeds out to the rounds, with their numbers; one round reads them as they come."""
     if rounds == 1:
-        return [data.calibration]
+        return [(data.calibration, data.batches)]
     feeds = list(data.calibration)
     if len(feeds) < rounds:
         raise OptionError(
             f"rounds {rounds}: there are only {len(feeds)} calibration feeds to deal out; give "
             "more, or a smaller batch size"
         )
-    return [feeds[number::rounds] for number in range(rounds)]
+    return [(part, len(part)) for part in (feeds[number::rounds] for number in range(rounds))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from iobs_onnx.errors import OptionError
@@ -11,13 +11,16 @@ from iobs_onnx.sparsity import Pattern
 
 
 def select(
-    found: Candidates, pattern: Pattern, include: Iterable[str] = (), exclude: Iterable[str] = ()
+    found: Candidates,
+    patterns: Sequence[Pattern],
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
 ) -> Candidates:
     """Return the sites to prune; those left out join the declined, each with its reason.
 
     Args:
         found: every candidate of the model.
-        pattern: sites that cannot carry it are declined.
+        patterns: sites that cannot carry them all are declined.
         include: globs; if there are any, a site's name must match one.
         exclude: globs; a site whose name matches one is left as it is.
 
@@ -33,7 +36,7 @@ def select(
                 )
     sites, declined = [], list(found.declined)
     for site in found.sites:
-        if reason := _reason(site, pattern, include, exclude):
+        if reason := _reason(site, patterns, include, exclude):
             declined.append(decline(site, reason))
         else:
             sites.append(site)
@@ -46,13 +49,14 @@ def decline(site: Site, reason: str) -> Declined:
 
 
 def _reason(
-    site: Site, pattern: Pattern, include: tuple[str, ...], exclude: tuple[str, ...]
+    site: Site, patterns: Sequence[Pattern], include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> str | None:
     if include and not any(fnmatchcase(site.name, glob) for glob in include):
         return "not included: its name matches no --include"
     for glob in exclude:
         if fnmatchcase(site.name, glob):
             return f"excluded by --exclude {glob}"
-    if misfit := pattern.misfit(site.run):
-        return f"{pattern} does not fit: {misfit}"
+    for pattern in patterns:
+        if misfit := pattern.misfit(site.run):
+            return f"{pattern} does not fit: {misfit}"
     return None

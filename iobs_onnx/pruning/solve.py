@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -19,11 +20,13 @@ from iobs_onnx.passes import Codes, Surroundings, why_not_integers
 from iobs_onnx.pruning.aim import Stored, Tensors, aim, bounded, centred, compensated_bias, matrices
 from iobs_onnx.pruning.records import Measurements, SolvedSite
 from iobs_onnx.pruning.rounding import round_site
-from iobs_onnx.pruning.stages import Proposal, Work
+from iobs_onnx.pruning.stages import Proposal, Tasks, Work
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import make_solver
 from iobs_onnx.solvers.quadratic import squared_norm
 from iobs_onnx.sparsity import Pattern
+
+_Solved: TypeAlias = dict[Site, SolvedSite]
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,25 @@ class Solve:
         together: dict[tuple[tuple[Tap, ...], Pattern], list[Site]] = defaultdict(list)
         for site in work.segment.sites:
             together[site.taps, work.run.patterns[site]].append(site)
-        solved: dict[Site, SolvedSite] = {}
-        for (taps, pattern), members in together.items():
-            for _ in members:
-                advance()
+
+        def solve(group: tuple[tuple[tuple[Tap, ...], Pattern], list[Site]]) -> _Solved:
+            (taps, pattern), members = group
             if not (reached := [work.hessians[tap] for tap in taps if tap in work.hessians]):
-                continue  # they are in a body that never ran
+                return {}  # they are in a body that never ran
             tensors = {site: _tensors(site, work) for site in members}
             hessian = filled(combine(reached))
-            problem = _Stacked(tensors, hessian, pattern, work.run.config)
+            problem = _Stacked(tensors, hessian, pattern, work.run.config, work.tasks)
             try:
-                solved |= problem.solved(work.run.device)
+                return problem.solved(work.run.device)
             except IobsError as error:
                 raise type(error)(f"site {members[0].name!r}: {error}") from error
+
+        solved: _Solved = {}
+        found = work.tasks.each(solve, together.items())
+        for members, sites in zip(together.values(), found, strict=True):
+            solved |= sites
+            for _ in members:
+                advance()
         return Proposal(solved)
 
 
@@ -81,6 +90,7 @@ class _Stacked:
     hessian: Hessian
     pattern: Pattern
     config: PruneConfig
+    tasks: Tasks
 
     @property
     def whole(self) -> bool:
@@ -151,16 +161,18 @@ class _Stacked:
         self, aims: Sequence[torch.Tensor], hessian: Hessian, solver: str, preset: str | None = None
     ) -> list[list[Solution[torch.Tensor]]]:
         """Return the solutions of each site, one a group."""
-        by_group = [
-            solve_stacked(
+
+        def solve(group: int) -> list[Solution[torch.Tensor]]:
+            return solve_stacked(
                 [weight[group] for weight in aims],
-                matrix,
+                hessian.matrix[group],
                 pattern=self.pattern,
                 solver=make_solver(solver, preset),
                 damping=self.config.damping,
+                solve=self.tasks.solve,
             )
-            for group, matrix in enumerate(hessian.matrix)
-        ]
+
+        by_group = self.tasks.each(solve, range(len(hessian.matrix)))
         return [list(groups) for groups in zip(*by_group, strict=True)]
 
     def _stored(

@@ -7,9 +7,9 @@ is taken, that it is kept on disk, and how far it is are the affair of the walk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -18,8 +18,35 @@ from numpy.typing import NDArray
 from iobs_onnx.hessian import Cross, Hessian
 from iobs_onnx.passes import Segment, Slot, Surroundings
 from iobs_onnx.pruning.judge import Verdict
+from iobs_onnx.pruning.progress import Advance
 from iobs_onnx.pruning.records import Run, SolvedSite
 from iobs_onnx.site import Site, Tap
+from iobs_onnx.solvers import Problem, Solver, Sparse
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
+
+class Tasks(Protocol):
+    """Where what a stage has to compute is computed."""
+
+    def each(self, function: Callable[[_Item], _Found], items: Iterable[_Item]) -> Iterator[_Found]:
+        """Call a function of every item, maybe of several at a time; yield results in order."""
+
+    def solve(self, solver: Solver, problem: Problem) -> Sparse:
+        """Solve a problem, to the same bits wherever that is."""
+
+
+class Here:
+    """This process, one after the other."""
+
+    def each(self, function: Callable[[_Item], _Found], items: Iterable[_Item]) -> Iterator[_Found]:
+        """See :meth:`Tasks.each`."""
+        return map(function, items)
+
+    def solve(self, solver: Solver, problem: Problem) -> Sparse:
+        """See :meth:`Tasks.solve`."""
+        return solver.solve(problem)
 
 
 @dataclass(frozen=True)
@@ -35,6 +62,7 @@ class Work:
         stored: the tensors of the dense model, by name.
         start: what the stages before, or else the rounds before, made of sites; those that are
             missing are dense.
+        tasks: where to solve.
     """
 
     run: Run
@@ -44,6 +72,7 @@ class Work:
     surroundings: Mapping[Site, Surroundings]
     stored: Mapping[str, Slot]
     start: Mapping[Site, SolvedSite]
+    tasks: Tasks
 
 
 @dataclass(frozen=True)
@@ -140,5 +169,5 @@ class ModelStage(Protocol):
     def steps(self, run: Run) -> int | None:
         """Return how often it calls `advance`; None where that is unknown."""
 
-    def run(self, run: Run, pruned: Pruned, advance: Callable[[], None]) -> ModelProposal:
+    def run(self, run: Run, pruned: Pruned, advance: Advance) -> ModelProposal:
         """Propose what becomes of the model."""

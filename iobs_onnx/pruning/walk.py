@@ -63,6 +63,10 @@ class Route:
         tokens = find_token_input(run.dense) if config.random_tokens else None
         return cls(model, segments, around, tokens)
 
+    def measured(self, feeds: int) -> int:
+        """Return how many are measured of so many feeds, random tokens mixed in."""
+        return feeds + (feeds + 1) // 2 if self.tokens else feeds
+
 
 @dataclass(frozen=True)
 class Walked:
@@ -122,7 +126,7 @@ class Walk:
             new = self._pass(index, segment)
             sites |= new
             with self._timed("calibrate"):
-                self._executor.go_on(segment, new)
+                self._executor.propagate(segment, new)
         return Walked(sites, self._facts, dict(self._seconds))
 
     def _pass(self, index: int, segment: Segment) -> dict[Site, SolvedSite]:
@@ -151,6 +155,7 @@ class Walk:
                 self._route.surroundings,
                 self._stored,
                 start,
+                self._executor.tasks,
             )
             with self._timed(stage.name):
                 proposal = stage.run(work, self._advance)

@@ -27,7 +27,7 @@ def _distillation(report: Report) -> list[str]:
         return []
     lines = _blocks(found.get("blocks"))
     if "steps" not in found:
-        return lines
+        return [*lines, *found.get("notes", ())]
     lines += [
         f"distilled for {found['steps']} steps: held-out loss {found['before']:.4g} before, "
         f"{found['after']:.4g} after"

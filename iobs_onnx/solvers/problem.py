@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -37,6 +37,7 @@ class Problem:
         damping: `λ`, absolute.
         pattern: each block of rows holds the pattern on its own.
         blocks: number of rows of each stacked site; they sum to `out`.
+        of: outputs of the whole problem that this is a part of; None where it is whole.
     """
 
     weight: torch.Tensor
@@ -44,6 +45,7 @@ class Problem:
     damping: float
     pattern: Pattern
     blocks: tuple[int, ...]
+    of: int | None = None
 
     @cached_property
     def damped(self) -> torch.Tensor:
@@ -84,6 +86,12 @@ class Problem:
             SolverError: where `H + λI` is not positive definite in float32.
         """
         return torch.cholesky_inverse(self.factor)
+
+    def on(self, device: torch.device) -> Problem:
+        """Return the problem with its tensors on a device."""
+        if self.weight.device == self.hessian.device == device:
+            return self
+        return replace(self, weight=self.weight.to(device), hessian=self.hessian.to(device))
 
     def project(self, scores: torch.Tensor) -> torch.Tensor:
         """Return the mask of the best scores `(out, in)` that the pattern allows."""

@@ -19,8 +19,12 @@ import torch
 
 from iobs_onnx.errors import SolverError
 
-# Floats in the factors of the outputs that are rounded together.
+# Floats in the factors of the outputs that are rounded together on the CPU; on CUDA, where every
+# step over a column costs a launch, a share of the free memory, for the factors and their copies.
 _CHUNK = 2**26
+_COPIES = 4
+# Columns that are rounded before what they owe is passed on to all others in one product.
+_BLOCK = 64
 
 
 class Rounded(NamedTuple):
@@ -83,7 +87,7 @@ def round_compensated(
     ranks = hessian.diagonal().argsort().argsort().expand_as(mask)
     order = torch.where(mask, ranks, ranks - len(hessian)).argsort(dim=1)[:, -widest:]
     kept = mask.gather(1, order)
-    size = max(1, _CHUNK // widest**2)
+    size = max(1, _chunk(weight.device) // widest**2)
     for start in range(0, len(weight), size):
         rows = slice(start, start + size)
         chosen, valid = order[rows], kept[rows]
@@ -94,6 +98,14 @@ def round_compensated(
         found = _substitute(best, factor, step[rows], limit)
         codes[rows] = codes[rows].scatter(1, chosen, torch.where(valid, found, 0))
     return Rounded(codes, step)
+
+
+def _chunk(device: torch.device) -> int:
+    """Return how many floats the factors of a chunk may have."""
+    if device.type != "cuda":
+        return _CHUNK
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(_CHUNK, free // 4 // (2 * _COPIES))
 
 
 def _factors(hessian: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -121,12 +133,16 @@ def _substitute(
     `L_tt d_t + Σ_{i>t} L_it d_i`: so `q_t` is the rounding of `w_t + Σ_{i>t} L_it d_i / L_tt`.
     """
     codes = torch.empty_like(best, dtype=torch.int8)
-    owed = torch.zeros_like(best)
-    for column in range(best.shape[1] - 1, -1, -1):
-        row = factor[:, column]
-        wanted = best[:, column] + owed[:, column] / row[:, column]
-        code = (wanted / step).round_().clamp_(-limit, limit)
-        codes[:, column] = code.to(torch.int8)
-        left = best[:, column] - code * step
-        owed[:, :column].addcmul_(row[:, :column], left[:, None])
+    owed, left = torch.zeros_like(best), torch.empty_like(best)
+    for stop in range(best.shape[1], 0, -_BLOCK):
+        start = max(0, stop - _BLOCK)
+        for column in range(stop - 1, start - 1, -1):
+            row = factor[:, column]
+            wanted = best[:, column] + owed[:, column] / row[:, column]
+            code = (wanted / step).round_().clamp_(-limit, limit)
+            codes[:, column] = code.to(torch.int8)
+            left[:, column] = best[:, column] - code * step
+            owed[:, start:column].addcmul_(row[:, start:column], left[:, column, None])
+        block = left[:, start:stop].unsqueeze(1)
+        owed[:, :start] += torch.bmm(block, factor[:, start:stop, :start]).squeeze(1)
     return codes

@@ -77,6 +77,8 @@ def power(context: Context, a: Tensor, b: Tensor) -> Tensor:
     """Pow: the result has the type of the base."""
     if b.dtype in WIDENED:
         b = b.long()
+    if b.ndim == 0 and not b.requires_grad:  # torch squares a number's power in one pass
+        return torch.pow(a, b.item()).to(a.dtype)
     return torch.pow(a, b).to(a.dtype)
 
 

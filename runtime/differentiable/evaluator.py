@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -64,6 +65,12 @@ class Evaluator:
         self._values = {value.name or "": value for value in _values(graph)}
         self._replaceable = {value.name or "": value for value in _weights(graph)}
         self._initializers = Builder(self._model.opset_imports, precision, self._constants)
+
+    def recomputing(self) -> Evaluator:
+        """Return the same function, which keeps less for its gradient; see `checkpoint`."""
+        other = copy(self)
+        other._checkpoint = True
+        return other
 
     @property
     def inputs(self) -> list[str]:

@@ -15,8 +15,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Return `a b` as numpy.matmul; with a matrix on the right one gemm, forwards and backwards."""
     if not a.is_floating_point() and not a.is_complex():
         return torch.matmul(a.long(), b.long()).to(a.dtype)
-    if b.ndim != 2 or a.ndim < 2:
+    if a.ndim < 2 or b.ndim < 2:
         return torch.matmul(a, b)
+    if b.ndim > 2:
+        return products.stacked_product(a, b)
     if a.ndim == 2:
         return products.product(a, b)
     return products.product(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[-1])

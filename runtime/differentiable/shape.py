@@ -135,11 +135,11 @@ def slice_(
     strides = [1] * len(first) if steps is None else steps.tolist()
     picks = [slice(None)] * x.ndim
     for start, end, axis, step in zip(first, last, along, strides, strict=True):
-        if step > 0:
-            picks[axis] = slice(start, end, step)
+        length = x.shape[axis]
+        if step > 0:  # torch warns of the lowest number of 64 bits
+            picks[axis] = slice(*slice(start, end, step).indices(length))
             continue
         # torch has no negative steps. An end before the first element is None to Python.
-        length = x.shape[axis]
         end = end + length if end < 0 else end  # noqa: PLW2901
         indices = range(length)[slice(start, None if end < 0 else end, step)]
         x = x.index_select(axis, torch.tensor(list(indices), dtype=torch.int64, device=x.device))

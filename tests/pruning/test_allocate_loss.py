@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,19 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from pruning.distil.small_models import build
 
 import iobs_onnx
+from iobs_onnx.config import make_config
 from iobs_onnx.errors import ModelError, OptionError
 from iobs_onnx.passes import find_sites
 from iobs_onnx.pruning.distil.curvature import root
 from iobs_onnx.pruning.distil.losses import Target, distance
-from iobs_onnx.pruning.prior.allocate import GRID, REACH, between
+from iobs_onnx.pruning.prior.allocate import GRID, REACH, between, pick
 from iobs_onnx.pruning.prior.loss import ModelLoss
 from iobs_onnx.runtime.differentiable import Evaluator
+from iobs_onnx.sparsity import parse_sparsity
 
 RANDOM = np.random.default_rng(11)
 WIDTH = 32
@@ -121,6 +124,62 @@ def test_what_the_loss_does_not_see_is_removed(branches: ir.Model, rows: np.ndar
     for item in shares.values():
         errors = between([y for _, y in item["curve"]], np.array([item["removed"]]))
         assert item["predicted_loss"] == pytest.approx(item["price"] * errors[0])
+
+
+def tensor(file: Path, name: str) -> np.ndarray:
+    stored = {item.name: item for item in onnx.load(file).graph.initializer}
+    return numpy_helper.to_array(stored[name])
+
+
+@pytest.mark.parametrize("how", ["error", "loss"])
+def test_sites_choose_from_patterns(
+    branches: ir.Model, rows: np.ndarray, how: str, tmp_path: Path
+) -> None:
+    names = ("3:4", "1:4", "2:4")
+    options = {"sparsity": 0.5, "allocate": how, "patterns": names, "output": tmp_path / "a.onnx"}
+    report = prune(branches, rows, **options).report
+    chosen = {item["site"]: item for item in report.allocation}
+    assert report.totals["sparsity"] >= 0.5
+    assert {item["removed"] for item in chosen.values()} <= {0.25, 0.5, 0.75}
+    assert [x for x, _ in chosen["quiet"]["curve"]] == [0.25, 0.5, 0.75]
+    assert report.options["patterns"] == list(names)
+    for site in report.sites:
+        kept = {0.25: "3:4", 0.5: "2:4", 0.75: "1:4"}[chosen[site.name]["removed"]]
+        weight = tensor(tmp_path / "a.onnx", site.name)
+        assert parse_sparsity(kept).violations(weight.T) == 0
+        assert np.mean(weight == 0) == chosen[site.name]["removed"]
+    if how == "loss":
+        assert chosen["quiet"]["removed"] == 0.75
+        at = dict(map(tuple, chosen["loud"]["curve"]))[chosen["loud"]["removed"]]
+        assert chosen["loud"]["predicted_loss"] == pytest.approx(chosen["loud"]["price"] * at)
+
+
+def test_what_is_picked_is_the_least_of_all_choices_near_the_fraction() -> None:
+    """Against every choice, where the last site that changes is small."""
+    grid = [0.25, 0.5, 0.75]
+    sizes = np.array([1000, 1000, 1000, 1000, 10])
+    curves = np.sort(RANDOM.random((5, 3)), 1).cumsum(1)
+    found = pick(list(curves), sizes, 0.5, grid)
+    gone = np.array([grid[i] for i in found]) @ sizes
+    assert gone >= 0.5 * sizes.sum() - 1e-6
+    cost = curves[range(5), found].sum()
+    for other in product(range(3), repeat=5):
+        if np.array([grid[i] for i in other]) @ sizes >= gone:
+            assert cost <= curves[range(5), other].sum() + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allocate": "loss", "sparsity": "2:4"}, "patterns 2:4: go with allocate error or loss"),
+        ({"sparsity": 0.5}, "patterns 2:4: go with allocate error or loss"),
+        ({"sparsity": 0.6, "allocate": "error"}, "none removes as much as sparsity 0.6"),
+        ({"allocate": "error", "patterns": "4:4"}, "patterns 4:4: expected N:M with N below M"),
+    ],
+)
+def test_patterns_that_mean_nothing(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_config({"sparsity": 0.5, "patterns": ["2:4"], **options})
 
 
 def test_curves_run_through_their_points() -> None:

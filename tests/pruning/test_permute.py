@@ -34,7 +34,7 @@ def reorder(path: Path, feeds: Feeds, scratch: Path) -> list[dict]:
     """Permute a file for 2:4, hold it against the original, and return the records."""
     dense = load_model(path)
     config = make_config({"sparsity": "2:4", "permute": True})
-    sites = select(find_sites(dense), config.sparsity).sites
+    sites = select(find_sites(dense), [config.sparsity]).sites
     data = open_data(feeds, input_specs(dense), holdout=0)
     engine = Engine("cpu", 2**30, scratch)
     run = Run(dense, sites, {}, data.in_memory(), config, engine, torch.device("cpu"))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,14 +19,15 @@ from iobs_onnx.config import make_config
 from iobs_onnx.engine import Engine
 from iobs_onnx.passes import find_sites, load_model, prepare
 from iobs_onnx.pruning.checkpoint import Checkpoint
-from iobs_onnx.pruning.executor import LocalExecutor, Shard
+from iobs_onnx.pruning.executor import LocalExecutor
 from iobs_onnx.pruning.judge import Judge
 from iobs_onnx.pruning.records import Run, SolvedSite
 from iobs_onnx.pruning.rounds import Rounds
+from iobs_onnx.pruning.shard import Pair, Place, Shard, deal
 from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.stages import Proposal, SegmentStage, Work
 from iobs_onnx.pruning.walk import Route, Walk
-from iobs_onnx.runtime import Data
+from iobs_onnx.runtime import Data, Store, Sums
 from iobs_onnx.site import Site
 
 
@@ -105,25 +107,37 @@ def test_each_stage_is_kept_on_disk_and_not_run_again(run: Run, tmp_path: Path) 
         np.testing.assert_array_equal(found[name], weight)
 
 
-@pytest.mark.parametrize("shards", [2, 3, 6])
-def test_any_number_of_shards_measures_the_same(run: Run, tmp_path: Path, shards: int) -> None:
-    def walked(count: int) -> dict[Site, SolvedSite]:
-        route = Route.of(run)
-        working = prepare(run.dense, run.sites)
-        feeds = list(run.data.calibration)
-        parts = [
-            Shard(run, route.model, working, feeds[i::count], differ=False) for i in range(count)
-        ]
-        folder = tmp_path / str(count)
+class Merging(LocalExecutor):
+    """Sums every shard on its own, and merges: as workers do."""
+
+    def measure(self, segment: Any, taps: Any, beside: Any, advance: Any) -> Sums:
+        sums = [shard.measure(segment, taps, beside, advance=advance) for shard in self._shards]
+        for other in sums[1:]:
+            sums[0].merge(other)
+        self._models.close()
+        return sums[0]
+
+
+def test_shards_count_the_same_bits_wherever_they_are_summed(run: Run, tmp_path: Path) -> None:
+    def walked(count: int, kind: type[LocalExecutor], **options: str) -> dict[Site, SolvedSite]:
+        config = make_config({"sparsity": "2:4", "preset": "fast", **options})
+        own = replace(run, config=config)
+        route = Route.of(own)
+        working = prepare(own.dense, own.sites)
+        feeds = list(own.data.calibration)
+        place = Place(own.engine, own.engine.store(), config, own.device)
+        models = Pair(place, route.model, working, differ=False)
+        shards = [Shard(models, feeds[i * 6 // count : (i + 1) * 6 // count]) for i in range(count)]
+        folder = tmp_path / f"{count}-{kind.__name__}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         return (
             Walk(
-                run,
+                own,
                 route,
                 1,
                 {},
                 stages=[Solve()],
-                executor=LocalExecutor(route.model, working, parts),
+                executor=kind(models, shards),
                 checkpoint=Checkpoint(folder),
                 advance=lambda: None,
             )
@@ -131,12 +145,32 @@ def test_any_number_of_shards_measures_the_same(run: Run, tmp_path: Path, shards
             .sites
         )
 
-    whole, parted = walked(1), walked(shards)
-    for site, item in whole.items():
-        other = parted[site].measured
-        assert other.rows == item.measured.rows == 192
-        # Sums in another order, rounded to float32: no choice in these layers is that close.
-        assert other.layer_error == pytest.approx(item.measured.layer_error, rel=1e-3)
+    for options in ({}, {"target": "layer"}, {"sequential": "none"}):
+        whole, parted, merged = (
+            walked(count, kind, **options)
+            for count, kind in ((1, LocalExecutor), (4, LocalExecutor), (4, Merging))
+        )
+        for site, item in whole.items():
+            other = parted[site].measured
+            assert other.rows == item.measured.rows == 192
+            # Sums in another order, rounded to float32: no choice in these layers is that close.
+            assert other.layer_error == pytest.approx(item.measured.layer_error, rel=1e-3)
+            np.testing.assert_array_equal(parted[site].weight.numpy(), merged[site].weight.numpy())
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 37])
+def test_feeds_are_dealt_in_runs_whether_counted_or_not(count: int, tmp_path: Path) -> None:
+    feeds = [({"x": np.full(3, i)}, 1.0 + i % 2) for i in range(count)]
+    for known in (count, None):
+        for budget in (0, 1 << 20):
+            dealt = deal(iter(feeds), known, Store(tmp_path, budget))
+            assert len(dealt) == min(count, 16)
+            parts = [list(shard) for shard in dealt]
+            assert {len(part) for part in parts} <= {count // len(dealt), -(-count // len(dealt))}
+            found = [(int(feed["x"][0]), weight) for part in parts for feed, weight in part]
+            assert found == [(i, 1.0 + i % 2) for i in range(count)]
+    assert not list(tmp_path.iterdir())
+    assert [list(shard) for shard in deal([], None, Store(tmp_path, 0))] == [[]]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from iobs_onnx.solvers import CBS, IOBS, OBS, PRESETS, SOLVERS, Magnitude, Problem, Solver, Sparse
+from iobs_onnx.solvers.cut import cut
 from iobs_onnx.sparsity import NM, Pattern, Unstructured
 
 MakeProblem = Callable[..., Problem]
@@ -114,6 +115,26 @@ def test_stacked_sites_hold_the_pattern_each(
     mask = TABLE[name].solve(stacked).mask
     for part in mask.split(stacked.blocks):
         assert int(part.sum()) == Unstructured(1 - pattern.density).keep(part.numel())
+
+
+@pytest.mark.parametrize("solver", [IOBS(), PRESETS["fast"], IOBS(restarts=1)], ids=str)
+def test_parts_are_solved_to_the_bits_of_the_whole(
+    make_problem: MakeProblem, solver: Solver
+) -> None:
+    problem = make_problem("correlated", NM(2, 4), outputs=1400, inputs=96)
+    whole = solver.solve(problem)
+    for count in (2, 3, 5):
+        parts = cut(problem, solver, count)
+        assert [len(part.weight) for part in parts] == (
+            [512, 888] if count == 2 else [512, 512, 376]
+        )
+        found = [solver.solve(part) for part in parts]
+        for one, other in zip(whole, zip(*found, strict=True), strict=True):
+            assert torch.equal(one, torch.cat(other))
+    budget = make_problem("correlated", Unstructured(0.5), outputs=1400, inputs=96)
+    for tied, other in ((problem, Magnitude()), (problem, PRESETS["best"]), (budget, solver)):
+        (only,) = cut(tied, other, 3)
+        assert only is tied
 
 
 # Mean over the problems of error / optimum that each solver stays below; measured on these

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,11 +19,13 @@ from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.passes import Segment, load_model, partition, prepare, rewrite, stored_slots, widen
 from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.losses import Steady, Target, steady_targets
+from iobs_onnx.pruning.distil.memory import fitting
 from iobs_onnx.pruning.distil.settings import DistilSettings
 from iobs_onnx.pruning.distil.streams import Streams
 from iobs_onnx.pruning.distil.trained import FLOATS, Mask, Master, masters
 from iobs_onnx.pruning.distil.training import Pair, first, fit
 from iobs_onnx.pruning.distil.worth import held_out_loss
+from iobs_onnx.pruning.progress import Advance, silent
 from iobs_onnx.runtime import Feed
 from iobs_onnx.runtime.differentiable import (
     Evaluator,
@@ -201,7 +203,7 @@ class BlockTrainer:
     settings: DistilSettings
 
     def run(
-        self, feeds: Iterable[Feed], held_out: Sequence[Feed], advance: Callable[[], None]
+        self, feeds: Iterable[Feed], held_out: Sequence[Feed], advance: Advance
     ) -> tuple[dict[str, NDArray[np.generic]], list[BlockReport]]:
         """Train every block; `advance` is called after each.
 
@@ -229,7 +231,7 @@ class BlockTrainer:
             reports.append(report)
             differs = bool(new or self._masks(segment) or streams.differ(segment.inputs))
             streams.follow(segment, differs=differs)
-            advance()
+            advance(f"block {index + 1}", len(self.blocks.segments))
         return tensors, reports
 
     def _budget(self, streams: Streams, spent: float, left: int) -> DistilSettings:
@@ -272,18 +274,19 @@ class BlockTrainer:
         )
         try:
             pair = self._pair(segment, streams, targets)
+            block = streams.block(segment, report.outputs)
+            held_out, feeds = block.held_out(), block.feeds(settings.seed)
+            ahead = first(feeds, _TRIED)
+            pair = fitting(pair, ahead[0])
         except ModelError as error:
             return {}, dataclasses.replace(report, reason=str(error))
-        block = streams.block(segment, report.outputs)
-        held_out, feeds = block.held_out(), block.feeds(settings.seed)
-        ahead = first(feeds, _TRIED)
         fitted = fit(pair, ahead, chain(ahead, feeds), held_out, settings)
-        before, run = fitted.before, fitted.run
-        accepted = run.best < before
+        before, after, run = fitted.before, fitted.after, fitted.run
+        accepted = after < before
         report = dataclasses.replace(
             report,
             before=before,
-            after=run.best,
+            after=after,
             accepted=accepted,
             steps=run.steps,
             rate=fitted.rate,
@@ -357,7 +360,7 @@ def distil_blocks(
     engine: Engine,
     checkpoint: Checkpoint,
     settings: DistilSettings | None = None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Advance | None = None,
 ) -> BlocksDistilled:
     """Train what is kept of a sparse model block by block: see :class:`BlockTrainer`.
 
@@ -386,7 +389,7 @@ def distil_blocks(
     trainer = BlockTrainer(
         prepare(dense, sites), blocks, kept, set(stored_slots(sparse)), engine, checkpoint, settings
     )
-    tensors, reports = trainer.run(feeds, held_out, advance)
+    tensors, reports = trainer.run(feeds, held_out, advance or silent)
     trained = load_model(sparse)
     rewrite(trained, tensors)
     before, after = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from iobs_onnx.engine import available_memory
 from iobs_onnx.errors import ModelError
 from iobs_onnx.pruning.distil.training import Pair
 from iobs_onnx.runtime import Feed
-from iobs_onnx.runtime.differentiable import Evaluator, bfloat16_factors
+from iobs_onnx.runtime.differentiable import bfloat16_factors
 
 # Copies of a trained tensor that training holds besides itself: its gradient, two averages of Adam,
 # the first and the best state.
@@ -52,13 +51,12 @@ def kept_bytes(pair: Pair, feed: Feed, limit: float) -> int | None:
     return total
 
 
-def fitting(pair: Pair, feed: Feed, recomputed: Callable[[], Evaluator]) -> Pair:
+def fitting(pair: Pair, feed: Feed) -> Pair:
     """Return the pair, or one that computes activations again where too many would be kept.
 
     Args:
         pair: keeps them.
         feed: one as steps take.
-        recomputed: makes the sparse model's evaluation that does not.
 
     Raises:
         ModelError: even then a step takes more memory than there is.
@@ -67,11 +65,11 @@ def fitting(pair: Pair, feed: Feed, recomputed: Callable[[], Evaluator]) -> Pair
     limit = _SHARE * (free - _COPIES * sum(m.value.nbytes for m in pair.masters))
     if kept_bytes(pair, feed, limit) is not None:
         return pair
-    pair = replace(pair, sparse=recomputed())
+    pair = replace(pair, sparse=pair.sparse.recomputing())
     if kept_bytes(pair, feed, limit) is None:
         raise ModelError(
-            f"distillation: a step of the whole model keeps more than {max(0.0, limit) / 1e9:.1f} "
-            f"GB for its gradient, too much for the {free / 1e9:.1f} GB that are free; make "
-            "batches smaller (--batch-size), or train block by block (--distill blocks)"
+            f"distillation: a step keeps over {max(0.0, limit) / 1e9:.1f} GB for its gradient, too "
+            f"much for the {free / 1e9:.1f} GB that are free; make batches smaller (--batch-size), "
+            "or train block by block (--distill blocks)"
         )
     return pair

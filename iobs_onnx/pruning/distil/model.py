@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import onnx_ir as ir
 
 from iobs_onnx.errors import DataError, ModelError
-from iobs_onnx.passes import find_sites
+from iobs_onnx.passes import masks_of
 from iobs_onnx.pruning.distil.losses import steady_targets
 from iobs_onnx.pruning.distil.memory import fitting
 from iobs_onnx.pruning.distil.settings import Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, masters
 from iobs_onnx.pruning.distil.training import TRIED, Pair, first, fit
+from iobs_onnx.pruning.progress import Advance
 from iobs_onnx.runtime import Feed
 from iobs_onnx.runtime.differentiable import (
     Evaluator,
@@ -23,6 +25,7 @@ from iobs_onnx.runtime.differentiable import (
     multiplies_bfloat16,
     unsupported,
 )
+from iobs_onnx.site import Site
 
 
 def distil(
@@ -52,7 +55,8 @@ def distil(
         dense, sparse: models with the same inputs and outputs; neither is changed.
         feeds: one a step, in the models' input dtypes; may be endless. `attention_mask`,
             `(batch, length)`, marks padding with 0: outputs leave it out.
-        held_out: judge every state; bounded, as each of about twenty checks runs all of them.
+        held_out: judge the first and the best state; of very many a part, evenly spread, judges
+            the states on the way.
         kept: name of a stored float tensor of `sparse` to its mask, boolean in the stored shape,
             True = kept. Biases, scales and offsets are trained too, see
             :func:`iobs_onnx.pruning.distil.trained.masters`.
@@ -83,12 +87,12 @@ def distil(
         settings = replace(settings, seconds=max(1e-3, settings.seconds - spent))
     fitted = fit(pair, ahead, chain(ahead, stream), held_out, settings, told)
     run = fitted.run
-    accepted = run.best < fitted.before
+    accepted = fitted.after < fitted.before
     return Distilled(
         tensors={m.name: m.stored() for m in pair.masters} if accepted else {},
         curve=run.curve,
         before=fitted.before,
-        after=run.best,
+        after=fitted.after,
         accepted=accepted,
         steps=run.steps,
         feeds=run.steps,
@@ -102,14 +106,28 @@ def distil(
     )
 
 
-def require_trainable(model: ir.Model, feed: Feed) -> None:
-    """Hold a model's evaluation in torch against ONNX Runtime's on a feed.
+def telling(advance: Advance) -> Callable[[int, int, float], None]:
+    """Return what tells a stage's progress of each step, their number and the held-out loss."""
+    return lambda _step, steps, loss: advance(f"held-out loss {loss:.4g}", steps)
+
+
+def require_trainable(model: ir.Model, feed: Feed, sites: Iterable[Site]) -> None:
+    """Hold a model's evaluation in torch against ONNX Runtime's on a feed, and a step to memory.
+
+    Args:
+        model: the dense one.
+        feed: as steps take.
+        sites: that will be sparse.
 
     Raises:
-        ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match.
+        ModelError: it cannot be evaluated, is evaluated otherwise, or has no output to match; or a
+            step takes more memory than there is.
     """
-    steady_targets(model, "auto", [site.initializer for site in find_sites(model).sites])
-    evaluator(model, feed, "dense")
+    weights = {name: np.ones_like(mask) for name, mask in masks_of(model, sites).items()}
+    targets = steady_targets(model, "auto", weights).targets
+    both = evaluator(model, feed, "dense")
+    trained = masters(model, weights, small=True, embeddings=False)
+    fitting(Pair(both, both, targets, trained, multiplies_bfloat16()), feed)
 
 
 def _pair(
@@ -128,18 +146,16 @@ def _pair(
         raise ModelError("distillation: no mask was given, and the model has no biases to train")
     models = evaluator(dense, feed, "dense"), evaluator(sparse, feed, "sparse")
     pair = Pair(*models, targets, trained, multiplies_bfloat16())
-    pair = fitting(pair, feed, lambda: evaluator(sparse, feed, "sparse", recompute=True))
-    return pair, steady.notes
+    return fitting(pair, feed), steady.notes
 
 
-def evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool = False) -> Evaluator:
+def evaluator(model: ir.Model, feed: Feed, which: str) -> Evaluator:
     """Return a model's evaluation in float32, once it has been held against ONNX Runtime's.
 
     Args:
         model: the model.
         feed: on which the two are compared.
         which: `dense` or `sparse`, for the message.
-        recompute: activations for the gradient instead of keeping them.
 
     Raises:
         ModelError: it cannot be evaluated, or is evaluated otherwise.
@@ -149,7 +165,7 @@ def evaluator(model: ir.Model, feed: Feed, which: str, *, recompute: bool = Fals
         raise ModelError(
             f"distillation: the {which} model cannot be evaluated in torch: {reasons[0]}{more}"
         )
-    made = Evaluator(model, precision="float32", checkpoint=recompute)
+    made = Evaluator(model, precision="float32")
     found = agreement(model, [feed], evaluator=made)
     if not found.ok:
         raise ModelError(f"distillation: the {which} model: {found.reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,10 +30,10 @@ from iobs_onnx.pruning.checkpoint import Checkpoint
 from iobs_onnx.pruning.distil.blocks import distil_blocks
 from iobs_onnx.pruning.distil.feeds import endless, in_turn, mirrored, own_text
 from iobs_onnx.pruning.distil.losses import predicts_tokens
-from iobs_onnx.pruning.distil.model import distil
+from iobs_onnx.pruning.distil.model import distil, telling
 from iobs_onnx.pruning.distil.settings import STEPS, Distilled, DistilSettings
 from iobs_onnx.pruning.distil.trained import Mask, kept_masks
-from iobs_onnx.pruning.progress import Progress
+from iobs_onnx.pruning.progress import Advance, Progress
 from iobs_onnx.pruning.sources import calibration_sources, open_sources
 from iobs_onnx.runtime import (
     Data,
@@ -210,7 +210,7 @@ def _blocks(
     student: ir.Model,
     kept: Mapping[str, Mask],
     settings: DistilSettings,
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> dict[str, Any]:
     """Train block by block, in place, and return what a report tells of it."""
     feeds, held_out = request.data()
@@ -254,7 +254,7 @@ def _whole(
             held_out,
             kept=kept,
             settings=settings,
-            told=lambda _step, _steps, _loss: advance(),
+            told=telling(advance),
         )
     if found.accepted:
         rewrite(student, found.tensors)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from iobs_onnx.errors import OptionError
 
-# Steps over a whole model, where neither steps nor a time are given.
-STEPS = 400
+# Steps over a whole model, where neither steps nor a time are given; and under preset best.
+STEPS, BEST_STEPS = 400, 1600
 
 Loss: TypeAlias = Literal["auto", "kl", "mse", "embedding"]
 
@@ -71,7 +71,8 @@ class Distilled:
         tensors: name of a stored tensor to its new values, in the stored shape and dtype; zeros
             that were outside the mask are zeros. Empty where the result was not accepted.
         curve: `(step, training loss since the last point, held-out loss)`, step 0 included, where
-            the training loss is None.
+            the training loss is None; the held-out loss is that of a part of the feeds where all
+            of them would have taken too long.
         before, after: held-out loss of the sparse model as it came, and of the best state.
         accepted: whether `after < before`. If not, the weights stay as they were.
         steps, feeds, rows: steps of Adam, feeds and valid rows of outputs (tokens, images) seen.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import overload
 
 import numpy as np
 import onnx_ir as ir
@@ -110,7 +111,7 @@ class Block:
 
     def held_out(self) -> HeldOut:
         """Return the feeds that judge."""
-        return HeldOut(self)
+        return HeldOut(self, self.streams.indices[0])
 
     def feeds(self, seed: int) -> Iterator[Feed]:
         """Yield feeds to train on, for ever, each pass in an order of its own."""
@@ -126,17 +127,26 @@ class Block:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Sequence[Feed]):
     """Feeds that judge a block, read from the streams each time."""
 
     block: Block
+    indices: range
 
     def __len__(self) -> int:
-        return len(self.block.streams.indices[0])
+        return len(self.indices)
 
-    def __iter__(self) -> Iterator[Feed]:
-        for index in self.block.streams.indices[0]:
-            yield self.block.streams.feed(index, self.block.inputs, self.block.dense)
+    @overload
+    def __getitem__(self, index: int) -> Feed: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> HeldOut: ...
+
+    def __getitem__(self, index: int | slice) -> Feed | HeldOut:
+        if isinstance(index, slice):
+            return HeldOut(self.block, self.indices[index])
+        block = self.block
+        return block.streams.feed(self.indices[index], block.inputs, block.dense)
 
 
 class Recorded:

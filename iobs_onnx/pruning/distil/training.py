@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
@@ -27,6 +27,8 @@ BETAS = (0.9, 0.99)
 # feeds that each is tried on.
 RATES = (0.0003, 0.001, 0.003, 0.01)
 TRIED = 8
+# Judging on a feed costs about half a step, and all checks together shall cost a fourth of all.
+_SHARE, _FEWEST = 0.5, 4
 # A held-out loss that has risen so far beyond the first will not come back.
 _LOST = 4.0
 
@@ -268,12 +270,13 @@ class Fitted:
     """What training came to.
 
     Attributes:
-        before: held-out loss of the masters as they were.
+        before, after: held-out loss of the masters as they were, and as they are.
         rate: at the top of the schedule.
         run: the training.
     """
 
     before: float
+    after: float
     rate: float
     run: Run
 
@@ -282,23 +285,27 @@ def fit(
     pair: Pair,
     ahead: Sequence[Feed],
     feeds: Iterator[Feed],
-    held_out: Iterable[Feed],
+    held_out: Sequence[Feed],
     settings: DistilSettings,
     told: Callable[[int, int, float], None] | None = None,
 ) -> Fitted:
     """Find the rate and the number of steps where they are not given, and train.
 
+    Where all held-out feeds would make the checks on the way too dear, a part of them, spread
+    evenly, says which state is the best; all of them say what it is worth.
+
     Args:
         pair: whose masters are trained.
         ahead: feeds that rates and times are tried on.
         feeds: one a step, `ahead` among them.
-        held_out: judge, at most every tenth step.
+        held_out: judge, at most every tenth step; each is read again for every check.
         settings: how.
         told: is called after each step with the step, their number and the last held-out loss.
     """
     began = time.perf_counter()
     with kept_memory():
-        start = State.of(pair, pair.judge(held_out))
+        before = pair.judge(held_out)
+        start = State.of(pair, before)
         rate = settings.rate or find_rate(pair, ahead, settings.clip, start)
         steps = settings.steps or STEPS
         if settings.seconds is not None:
@@ -311,7 +318,17 @@ def fit(
 
         checks = min(settings.checks, max(1, steps // 10))
         plan = Plan(steps, rate, settings.warm_up, settings.clip, checks, tell, settings.keeps)
-        return Fitted(start.loss, rate, train(pair, feeds, held_out, plan, start))
+        judging = spread(held_out, max(_FEWEST, int(_SHARE * steps / checks)))
+        if len(judging) == len(held_out):
+            run = train(pair, feeds, held_out, plan, start)
+            return Fitted(before, run.best, rate, run)
+        run = train(pair, feeds, judging, plan, replace(start, loss=pair.judge(judging)))
+        return Fitted(before, pair.judge(held_out), rate, run)
+
+
+def spread(feeds: Sequence[Feed], count: int) -> Sequence[Feed]:
+    """Return at most `count` feeds, evenly spread."""
+    return feeds[:: -(-len(feeds) // count)]
 
 
 def first(feeds: Iterator[Feed], count: int) -> list[Feed]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +38,16 @@ class Allocation:
 
     Attributes:
         patterns: of each site.
-        curves: each site's layer error at the fractions of `GRID`; empty where all sites share
+        curves: each site's layer error at the fractions of `grid`; empty where all sites share
             one pattern.
+        grid: fractions removed.
         prices: what a layer error of 1 of each site costs in the model's loss, under `allocate
             loss`.
     """
 
     patterns: Mapping[Site, Pattern]
     curves: Mapping[Site, Sequence[float]] = field(default_factory=dict)
+    grid: Sequence[float] = GRID
     prices: Mapping[Site, float] = field(default_factory=dict)
 
     def as_list(self) -> list[dict[str, Any]]:
@@ -54,7 +56,7 @@ class Allocation:
             {
                 "site": site.name,
                 "removed": 1.0 - self.patterns[site].density,
-                "curve": [[x, float(y)] for x, y in zip(GRID, curve, strict=True)],
+                "curve": [[x, float(y)] for x, y in zip(self.grid, curve, strict=True)],
                 "price": self.prices.get(site),
                 "predicted_loss": self._predicted(site),
             }
@@ -64,8 +66,10 @@ class Allocation:
     def _predicted(self, site: Site) -> float | None:
         if site not in self.prices:
             return None
-        removed = 1.0 - self.patterns[site].density
-        return self.prices[site] * float(between(self.curves[site], np.array([removed]))[0])
+        removed, curve = 1.0 - self.patterns[site].density, self.curves[site]
+        if removed in self.grid:
+            return self.prices[site] * float(curve[list(self.grid).index(removed)])
+        return self.prices[site] * float(between(curve, np.array([removed]))[0])
 
 
 def allocate(run: Run) -> Allocation:
@@ -75,8 +79,9 @@ def allocate(run: Run) -> Allocation:
     dense model's activations, by a quick solver. The sum over the sites is then made as small as
     the same number of removed weights allows. Under `allocate loss` each site's error is weighed by
     what it costs in the model's loss (:class:`ModelLoss`), and fractions keep within `REACH` of
-    that of all. An N:M pattern stays that of every site: costs then say only which sites go back to
-    dense first.
+    that of all. Where N:M patterns are named to choose from, each site gets one of them, and at
+    least as much goes. A single N:M pattern stays that of every site: costs then say only which
+    sites go back to dense first.
 
     Raises:
         OptionError: the fraction lies beyond those of `GRID`.
@@ -94,21 +99,17 @@ def allocate(run: Run) -> Allocation:
             f"{pattern}; give less, or allocate uniform"
         )
     loss = ModelLoss.of(run) if how == "loss" else None
+    if run.config.patterns:
+        return _choose(run, loss)
     trials = [Unstructured(fraction) for fraction in GRID] if free else [pattern]
     probes = [GRID.index(fraction) for fraction in PROBES] if free else [0]
-    curves, changes = dict[Site, list[float]](), dict[Site, NDArray[np.float32]]()
-    for site, errors, moves in survey(run, trials, probes if loss else []):
-        curves[site] = list(np.maximum.accumulate(errors))
-        changes[site] = moves
+    curves, costs = _surveyed(run, trials, probes, loss)
     if not curves:  # all of them are in bodies that never ran, which the walk refuses
         return Allocation(same)
-    prices = {}
-    if loss is not None:
-        for site, costs in loss.costs(changes).items():
-            prices[site] = _price(costs, np.array(curves[site])[probes])
+    prices = {s: _price(cost, np.array(curves[s])[probes]) for s, cost in costs.items()}
     if not free:
         return Allocation(same, prices=prices)
-    sizes = np.array([site.groups * site.out_features * site.in_features for site in curves])
+    sizes = _sizes(curves)
     if loss is None:
         fractions = spend(list(curves.values()), sizes, removed)
     else:
@@ -116,7 +117,38 @@ def allocate(run: Run) -> Allocation:
         priced = [prices[site] * between(curve, grid) for site, curve in curves.items()]
         fractions = spend(priced, sizes, removed, grid)
     shares = {s: Unstructured(float(f)) for s, f in zip(curves, fractions, strict=True)}
-    return Allocation({**same, **shares}, curves, prices)
+    return Allocation({**same, **shares}, curves, prices=prices)
+
+
+def _choose(run: Run, loss: ModelLoss | None) -> Allocation:
+    """Give each site one of several N:M patterns: least error, or loss, for the fraction asked."""
+    patterns = sorted(run.config.patterns, key=lambda pattern: -pattern.density)
+    grid = [1.0 - pattern.density for pattern in patterns]
+    curves, costs = _surveyed(run, patterns, range(len(patterns)), loss)
+    # A site that no row reaches is not pruned; it gets the mildest.
+    mildest: dict[Site, Pattern] = dict.fromkeys(run.sites, patterns[0])
+    if not curves:
+        return Allocation(mildest)
+    weighed = [np.maximum.accumulate(costs[site]) for site in curves] if costs else curves.values()
+    indices = pick(list(weighed), _sizes(curves), 1.0 - run.config.sparsity.density, grid)
+    chosen = {site: patterns[index] for site, index in zip(curves, indices, strict=True)}
+    prices = {s: _price(cost, np.array(curves[s])) for s, cost in costs.items()}
+    return Allocation({**mildest, **chosen}, curves, grid, prices)
+
+
+def _surveyed(
+    run: Run, trials: Sequence[Pattern], probes: Sequence[int], loss: ModelLoss | None
+) -> tuple[dict[Site, list[float]], dict[Site, NDArray[np.float64]]]:
+    """Return sites' errors under the trials, and what those of the probes cost in the loss."""
+    curves, changes = dict[Site, list[float]](), dict[Site, NDArray[np.float32]]()
+    for site, errors, moves in survey(run, trials, [] if loss is None else probes):
+        curves[site] = list(np.maximum.accumulate(errors))
+        changes[site] = moves
+    return curves, {} if loss is None or not curves else loss.costs(changes)
+
+
+def _sizes(sites: Iterable[Site]) -> NDArray[np.int64]:
+    return np.array([site.groups * site.out_features * site.in_features for site in sites])
 
 
 def _price(costs: NDArray[np.float64], errors: NDArray[np.float64]) -> float:
@@ -204,6 +236,45 @@ def spend(
     Returns:
         Fractions whose mean, weighted by `sizes`, is `removed` to rounding.
     """
+    few, many = _around(curves, sizes, removed, grid)
+    # Sites that change between the two prices are on a straight stretch at that very price.
+    missing, spread = removed * sizes.sum() - few @ sizes, (many - few) @ sizes
+    return few + (many - few) * (missing / spread if spread > 0 else 0.0)
+
+
+def pick(
+    curves: Sequence[Sequence[float] | NDArray[np.float64]],
+    sizes: NDArray[np.int64],
+    removed: float,
+    grid: Sequence[float],
+) -> list[int]:
+    """Choose a point of the grid for each site, so that at least `removed` goes at little error.
+
+    As :func:`spend`; of the sites that change at the last price, as many stay at the milder point
+    as the fraction allows, the largest first.
+
+    Args:
+        curves, sizes, removed, grid: as there.
+
+    Returns:
+        Indices into `grid`, one a site.
+    """
+    few, many = _around(curves, sizes, removed, grid)
+    taken, spare = many.copy(), many @ sizes - removed * sizes.sum()
+    for index in np.argsort(-(many - few) * sizes, kind="stable"):
+        given_back = (many[index] - few[index]) * sizes[index]
+        if 0 < given_back <= spare * (1 + 1e-9):
+            taken[index], spare = few[index], spare - given_back
+    return [list(grid).index(fraction) for fraction in taken]
+
+
+def _around(
+    curves: Sequence[Sequence[float] | NDArray[np.float64]],
+    sizes: NDArray[np.int64],
+    removed: float,
+    grid: Sequence[float] | NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return points of the grid just below and just above the price that removes the fraction."""
     hulls = [_lower_hull(np.array(grid), np.array(curve)) for curve in curves]
 
     def bought(price: float) -> NDArray[np.float64]:
@@ -220,10 +291,7 @@ def spend(
             low = middle
         else:
             high = middle
-    few, many = bought(low), bought(high)
-    # Sites that change between the two prices are on a straight stretch at that very price.
-    missing, spread = removed * sizes.sum() - few @ sizes, (many - few) @ sizes
-    return few + (many - few) * (missing / spread if spread > 0 else 0.0)
+    return bought(low), bought(high)
 
 
 def _lower_hull(

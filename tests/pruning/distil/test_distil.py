@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 
@@ -16,9 +17,18 @@ from pruning.distil.small_models import build, encoder, linear, token_feeds, two
 
 from iobs_onnx.errors import DataError, ModelError, OptionError
 from iobs_onnx.passes import find_sites, rewrite, stored_slots
-from iobs_onnx.pruning.distil import Distilled, DistilSettings, distil, endless, kept_masks, memory
+from iobs_onnx.pruning.distil import (
+    Distilled,
+    DistilSettings,
+    distil,
+    endless,
+    kept_masks,
+    memory,
+    training,
+)
 from iobs_onnx.pruning.distil import model as model_of_distil
 from iobs_onnx.pruning.distil.trained import masters
+from iobs_onnx.runtime import Feed
 
 
 def values(model: ir.Model, name: str) -> np.ndarray:
@@ -231,6 +241,32 @@ def test_an_interrupt_ends_the_training_or_the_run(keeps: bool) -> None:
     assert found.notes == ("interrupted at step 90: what was best until then is kept",)
 
 
+def test_many_held_out_feeds_judge_the_best_state_and_a_part_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(16, 16)).astype(np.float32)
+    mask = two_of_four(weight)
+    dense, sparse = deep(weight), deep(weight * mask)
+    feeds = [{"x": random.normal(size=(8, 16)).astype(np.float32)} for _ in range(50)]
+    judged: list[int] = []
+    judge = training.Pair.judge
+
+    def counted(pair: training.Pair, feeds: Sequence[Feed]) -> float:
+        judged.append(len(feeds))
+        return judge(pair, feeds)
+
+    monkeypatch.setattr(training.Pair, "judge", counted)
+    settings = DistilSettings(steps=40, rate=0.003)
+    found = distil(dense, sparse, cycle(feeds), feeds, kept={"w": mask}, settings=settings)
+    # Four checks of five feeds each, and of all before and after; spread over all of them.
+    assert judged == [50, 5, 5, 5, 5, 5, 50]
+    trained = deep(found.tensors["w"])
+    pair, _ = model_of_distil._pair(dense, trained, feeds[0], {"w": mask}, settings)
+    assert found.after == pytest.approx(judge(pair, feeds), rel=1e-6)
+    assert found.after < found.before
+
+
 def deep(weight: np.ndarray) -> ir.Model:
     """A product and 36 activations, which each keep what they computed."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["v0"])]
@@ -249,7 +285,7 @@ def test_activations_are_computed_again_where_memory_is_short(
     feed = {"x": random.normal(size=(64, 16)).astype(np.float32)}
     settings = DistilSettings(steps=4, rate=0.01)
     pair, _ = model_of_distil._pair(dense, sparse, feed, kept, settings)
-    again = replace(pair, sparse=model_of_distil.evaluator(sparse, feed, "sparse", recompute=True))
+    again = replace(pair, sparse=pair.sparse.recomputing())
     whole, less = (memory.kept_bytes(p, feed, math.inf) for p in (pair, again))
     assert whole is not None
     assert less is not None

@@ -13,9 +13,10 @@ import pytest
 from onnx import numpy_helper
 
 import iobs_onnx
-from iobs_onnx.errors import DataError, GateError, OptionError
-from iobs_onnx.pruning.distil import stage
+from iobs_onnx.errors import DataError, GateError, ModelError, OptionError
+from iobs_onnx.pruning.distil import memory, stage
 from iobs_onnx.pruning.distil.settings import Distilled
+from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.report.sentences import outcome
 
 FAST = {"preset": "fast", "distill": "model", "distill_steps": 60, "batch_size": 64}
@@ -33,6 +34,47 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 def outputs(path: Path, data: Path) -> np.ndarray:
     with np.load(data) as stored:
         return ort.InferenceSession(path).run(None, {"x": stored["x"]})[0]
+
+
+def test_preset_best_trains_where_it_can_and_says_where_not(
+    residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "BEST_STEPS", 7)
+    best = {"preset": "best", "distill": None, "distill_steps": None}
+    found = prune(residual, tmp_path / "a.onnx", **best).report
+    assert found.options["distill"] == "model"
+    assert found.distillation is not None
+    assert found.distillation["steps"] == 7
+
+    def refused(*_: Any) -> None:
+        raise DataError("there is nothing to judge by")
+
+    monkeypatch.setattr(stage, "require_distillable", refused)
+    found = prune(residual, tmp_path / "b.onnx", **best).report
+    assert found.options["distill"] == "none"
+    note = "preset best trained nothing: there is nothing to judge by"
+    assert found.distillation == {"accepted": False, "notes": [note]}
+    assert note in outcome(json.loads(found.to_json()))
+    with pytest.raises(DataError, match="there is nothing to judge by"):
+        prune(residual, tmp_path / "c.onnx", **{**best, "distill": "model"})
+    monkeypatch.undo()
+    off = prune(residual, tmp_path / "d.onnx", **{**best, "distill": "none"}).report
+    assert off.distillation is None
+
+
+def test_a_step_that_does_not_fit_is_known_before_anything_is_solved(
+    residual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    monkeypatch.setattr(Solve, "run", lambda *_: pytest.fail("a site was solved"))
+    with pytest.raises(ModelError, match=r"a step keeps over 0\.0 GB .* leave out --distill"):
+        prune(residual, tmp_path / "a.onnx")
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    best = {"preset": "best", "distill": None, "distill_steps": None}
+    found = prune(residual, tmp_path / "b.onnx", **best).report.distillation
+    assert found is not None
+    assert "preset best trained nothing: distillation: a step keeps over" in found["notes"][0]
 
 
 def test_it_comes_nearer_to_the_dense_model_on_other_data(residual: Path, tmp_path: Path) -> None:

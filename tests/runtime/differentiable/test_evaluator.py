@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from iobs_onnx.errors import DataError, ModelError
 from iobs_onnx.runtime.differentiable import Difference, Evaluator, agreement, unsupported
-from iobs_onnx.runtime.differentiable.products import bfloat16_factors, product
+from iobs_onnx.runtime.differentiable.products import bfloat16_factors, stacked_product
+from iobs_onnx.runtime.differentiable.products import product as one_product
 
 RNG = np.random.default_rng(2)
 
@@ -385,7 +386,7 @@ def test_disagreement_is_named(make, monkeypatch):
 def test_large_products_are_exact_and_twice_differentiable():
     a = torch.randn(64, 300, requires_grad=True)
     b = torch.randn(80, 300, requires_grad=True)
-    y = product(a, b.t())
+    y = one_product(a, b.t())
     torch.testing.assert_close(y, a @ b.t(), rtol=1e-5, atol=1e-4)
     found = torch.autograd.grad(y.square().sum(), (a, b), create_graph=True)
     expected = torch.autograd.grad((a @ b.t()).square().sum(), (a, b), create_graph=True)
@@ -410,19 +411,21 @@ def test_shapes_are_computed_with_sizes_of_the_call(make):
     assert evaluator({"x": torch.zeros(5, 1, 7)})["y"].shape == (5, 7)
 
 
-def test_rounded_factors_err_by_their_rounding_and_only_where_asked():
-    a = torch.randn(64, 300, requires_grad=True)
-    b = torch.randn(300, 80, requires_grad=True)
+@pytest.mark.parametrize("stack", [(), (2, 3)], ids=["matrices", "stacks"])
+def test_rounded_factors_err_by_their_rounding_and_only_where_asked(stack):
+    a = torch.randn(*stack, 64, 300, requires_grad=True)
+    b = torch.randn(*stack, 300, 80, requires_grad=True)
+    product = stacked_product if stack else one_product
     exact = torch.autograd.grad((a @ b).square().sum(), (a, b))
     with bfloat16_factors():
         y = product(a, b)
-        small = product(a[:4], b)
+        small = product(a[..., :4, :], b)
     found = torch.autograd.grad(y.square().sum(), (a, b))
     # Two factors of 8 significant bits, each off by up to 2^-9 of itself.
     for one, other in ((y, a @ b), *zip(found, exact, strict=True)):
         error = float(((one - other).norm() / other.norm()).detach())
         assert 2**-14 < error < 2**-7
-    torch.testing.assert_close(small, a[:4] @ b)
+    torch.testing.assert_close(small, a[..., :4, :] @ b, rtol=1e-5, atol=1e-4)
     assert product(a, b).dtype == y.dtype == torch.float32
     torch.testing.assert_close(product(a, b), a @ b, rtol=1e-5, atol=1e-4)
     with bfloat16_factors(False):

@@ -1,0 +1,378 @@
+"""Walks on Ray: shards live in actors, one a GPU, and sites are solved by whichever is free.
+
+A lost worker is replaced by a fresh one, whose shards go from their feeds through the segments that
+are solved. Only sums and solved weights move.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from iobs_onnx.config import PruneConfig
+from iobs_onnx.errors import IobsError, OptionError
+from iobs_onnx.passes import Segment, pack
+from iobs_onnx.pruning.executor import Executor
+from iobs_onnx.pruning.records import Run, SolvedSite
+from iobs_onnx.pruning.shard import Item
+from iobs_onnx.pruning.worker import FEWER, Plan, Worker
+from iobs_onnx.runtime import Store, Sums
+from iobs_onnx.runtime.data.samples import require
+from iobs_onnx.site import Site, Tap
+from iobs_onnx.solvers import Problem, Solver, Sparse
+from iobs_onnx.solvers.cut import cut
+
+_Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
+
+logger = logging.getLogger(__name__)
+
+# A worker that is lost as often in a row is lost for a reason.
+_TRIES = 4
+# Seconds in which the head of a cluster, or a worker that has nothing to do, has to answer.
+_PATIENCE = 5.0
+
+
+@dataclass(frozen=True)
+class RayCrew:
+    """Workers of a Ray cluster, or of one that is started on this machine.
+
+    Attributes:
+        ray: the module.
+        workers: how many.
+        gpus: of each.
+        nodes: on how many machines.
+    """
+
+    ray: Any
+    workers: int
+    gpus: int
+    nodes: int
+
+    @classmethod
+    @contextmanager
+    def started(cls, config: PruneConfig) -> Iterator[RayCrew]:
+        """Connect to Ray as the options say, and let go of it behind the block.
+
+        Raises:
+            DependencyError: Ray is not installed.
+            OptionError: nothing answers at the address, or there is less than was asked for.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray = require("ray", "ray", "--workers")
+        if connected := ray.is_initialized():
+            pass  # the caller's own
+        elif config.ray is None:
+            cores = max(config.workers or 1, os.cpu_count() or 1)
+            ray.init(num_cpus=cores, **_QUIET)
+        else:
+            _connect(ray, config.ray)
+        try:
+            yield cls.of(ray, config)
+        finally:
+            if not connected:
+                ray.shutdown()
+
+    @classmethod
+    def of(cls, ray: Any, config: PruneConfig) -> RayCrew:
+        """Return as many workers as the options ask for, of the cluster that Ray is connected to.
+
+        Raises:
+            OptionError: there are not so many.
+        """
+        resources, nodes = ray.cluster_resources(), len([n for n in ray.nodes() if n["Alive"]])
+        on_cpu = config.device == config.provider == "cpu"
+        gpus = 0 if on_cpu else int(resources.get("GPU", 0))
+        workers = config.workers or gpus or nodes
+        for have, what in ((gpus, "GPUs"), (int(resources.get("CPU", 0)), "CPUs")):
+            if workers > have and (have or what == "CPUs"):
+                cpu = ", or --device cpu --provider cpu" if what == "GPUs" else ""
+                raise OptionError(
+                    f"workers {workers}: the cluster has {have} {what}, one a worker; give at most "
+                    f"that{cpu}"
+                )
+        return cls(ray, workers, min(1, gpus), nodes)
+
+    @contextmanager
+    def executor(
+        self,
+        run: Run,
+        dense: ir.Model,
+        sparse: ir.Model,
+        shards: Sequence[Iterable[Item]],
+        store: Store,
+        *,
+        differ: bool,
+    ) -> Iterator[Executor]:
+        """See :meth:`iobs_onnx.pruning.executor.Crew.executor`; `store` stays empty."""
+        del store
+        each = -(-self.workers // self.nodes)  # on one machine
+        threads = torch.get_num_threads()
+        plan = Plan(
+            replace(run.config, metric=None, min_metric=None),
+            pack([dense, sparse]),
+            differ,
+            run.engine.budget // each,
+            threads if "OMP_NUM_THREADS" in os.environ else max(1, threads // each),
+        )
+        executor = RayExecutor(self, run, plan, [list(feeds) for feeds in shards])
+        try:
+            executor.begin()
+            yield executor
+        finally:
+            executor.end()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a worker that is under way."""
+
+    index: int
+    worker: Any
+    method: str
+    arguments: tuple[Any, ...]
+    result: Any
+
+
+class RayExecutor:
+    """Runs shards in workers, shard `k` in worker `k mod N`, and solve tasks in any that is free.
+
+    Args:
+        crew: whose workers they are.
+        run: what all of the run shares.
+        plan: for the workers.
+        shards: the feeds of each.
+    """
+
+    def __init__(
+        self, crew: RayCrew, run: Run, plan: Plan, shards: Sequence[Sequence[Item]]
+    ) -> None:
+        self._ray, self._run, self._count = crew.ray, run, crew.workers
+        self._kind = crew.ray.remote(
+            num_cpus=1, num_gpus=crew.gpus, scheduling_strategy="SPREAD", max_restarts=0
+        )(Worker)
+        self._plan = crew.ray.put(plan)
+        self._feeds = [crew.ray.put(feeds) for feeds in shards]
+        self._firsts = [0, *accumulate(len(feeds) for feeds in shards)]
+        # What a fresh worker has to go through: the segments that are solved, and of the one that
+        # is measured the shards whose sums are here.
+        self._done: list[tuple[Segment, Any]] = []
+        self._current: Segment | None = None
+        self._summed: set[int] = set()
+        self._workers = [self._kind.remote() for _ in range(self._count)]
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for index in range(self._count):
+            self._free.put(index)
+
+    def begin(self) -> None:
+        """Let every worker load the models and take its feeds."""
+        for call in [self._open(index) for index in range(self._count)]:
+            self._result(call)
+
+    @property
+    def tasks(self) -> RayExecutor:
+        """The workers, too."""
+        return self
+
+    def end(self) -> None:
+        """Let the workers go, at once where they do not answer."""
+        calls = [self._call(index, "close") for index in range(self._count)]
+        for call in calls:
+            with suppress(Exception):
+                self._ray.get(call.result, timeout=_PATIENCE)
+            self._ray.kill(call.worker)
+
+    def measure(
+        self,
+        segment: Segment,
+        taps: Sequence[Tap],
+        beside: Collection[tuple[Tap, Tap]],
+        advance: Callable[[], None],
+    ) -> Sums:
+        """See :meth:`Executor.measure`; a worker is at most two shards ahead of what is added."""
+        self._current, self._summed = segment, set()
+        numbers, calls = iter(range(len(self._feeds))), deque[tuple[int, _Call]]()
+
+        def more() -> None:
+            for number in islice(numbers, 1):
+                wanted = number, segment, tuple(taps), tuple(beside), self._firsts[number]
+                calls.append((number, self._call(number % self._count, "measure", *wanted)))
+
+        for _ in range(2 * self._count):
+            more()
+        total: Sums | None = None
+        while calls:
+            number, call = calls.popleft()
+            sums: Sums = self._result(call)
+            self._summed.add(number)
+            more()
+            for _ in range(sums.batches):
+                advance()
+            if total is None:
+                total = sums
+                total.move(self._run.device)
+            else:
+                total.merge(sums)
+        assert total is not None, "there is at least one shard"
+        return total
+
+    def propagate(self, segment: Segment, solved: Mapping[Site, SolvedSite]) -> None:
+        """See :meth:`Executor.propagate`."""
+        weights = self._ray.put({site: _in_memory(item) for site, item in solved.items()})
+        self._done.append((segment, weights))
+        self._current, self._summed = None, set()
+        every = range(self._count)
+        for call in [self._call(index, "propagate", segment, weights) for index in every]:
+            # A worker that took its place has been through this segment.
+            self._run.engine.note(self._result(call, again=False) or {})
+
+    def each(
+        self, function: Callable[[_Given], _Found], items: Iterable[_Given]
+    ) -> Iterator[_Found]:
+        """Call a function of every item, as many at a time as there are workers."""
+        with ThreadPoolExecutor(self._count) as pool:
+            yield from pool.map(function, items)
+
+    def solve(self, solver: Solver, problem: Problem) -> Sparse:
+        """Solve a problem in as many parts as there are workers, each on one that is free."""
+        host = problem.on(torch.device("cpu"))
+        hessian = self._ray.put(host.hessian)
+
+        def solved(part: Problem) -> Sparse:
+            index = self._free.get()
+            try:
+                bare = replace(part, hessian=torch.empty(0))
+                found: Sparse = self._result(self._call(index, "solve", solver, bare, hessian))
+            finally:
+                self._free.put(index)
+            return found
+
+        found = self.each(solved, cut(host, solver, self._count))
+        device = problem.weight.device
+        return Sparse(*(torch.cat(parts).to(device) for parts in zip(*found, strict=True)))
+
+    def _call(self, index: int, method: str, *arguments: Any) -> _Call:
+        worker = self._workers[index]
+        result = getattr(worker, method).remote(*arguments)
+        return _Call(index, worker, method, arguments, result)
+
+    def _result(self, call: _Call, *, again: bool = True) -> Any:
+        """Return what a call returns; where its worker is lost, another takes its place.
+
+        Args:
+            call: of a worker.
+            again: whether the one that takes its place is called again; else None is returned.
+
+        Raises:
+            IobsError: what the worker raised, or workers are lost again and again.
+        """
+        for _ in range(_TRIES):
+            try:
+                return self._get(call.result)
+            except self._ray.exceptions.RayActorError as error:
+                self._require_memory(error)
+            # Another call of the lost worker may have been here before.
+            if self._workers[call.index] is call.worker:
+                self._replace(call.index)
+            if not again:
+                return None
+            call = self._call(call.index, call.method, *call.arguments)
+        raise self._lost()
+
+    def _replace(self, index: int) -> None:
+        """Put a fresh worker in the place of a lost one, and bring it where that was."""
+        own = [number for number in self._summed if number % self._count == index]
+        for _ in range(_TRIES):
+            logger.warning("worker %d is lost: another takes its place", index)
+            self._workers[index] = self._kind.remote()
+            steps = [self._open(index), self._call(index, "replay", self._done)]
+            if (now := self._current) is not None:
+                steps += [self._call(index, "measure", number, now, (), ()) for number in own]
+            try:
+                for step in steps:
+                    self._get(step.result)
+                return
+            except self._ray.exceptions.RayActorError as error:
+                self._require_memory(error)
+        raise self._lost()
+
+    def _open(self, index: int) -> _Call:
+        feeds = {n: self._feeds[n] for n in range(index, len(self._feeds), self._count)}
+        return self._call(index, "open", self._plan, feeds)
+
+    def _get(self, reference: Any) -> Any:
+        """Return a result; an error of ours is raised as the worker raised it."""
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, IobsError):
+                raise error.cause from None
+            raise
+
+    def _require_memory(self, error: Exception) -> None:
+        """Raise OptionError where Ray killed a worker because its node had no memory left."""
+        if "low on memory" in str(error):
+            raise OptionError(f"a worker: out of memory; {FEWER}") from error
+
+    def _lost(self) -> IobsError:
+        return IobsError(
+            f"workers were lost {_TRIES} times in a row; is their memory enough? use fewer "
+            "--workers, or a smaller --memory-budget"
+        )
+
+
+def _in_memory(item: SolvedSite) -> SolvedSite:
+    """Return a solved site as it can be sent, without the integers that it is written as."""
+    tensors = (
+        None if tensor is None else ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype)
+        for tensor in (item.weight, item.bias)
+    )
+    weight, bias = tensors
+    assert weight is not None, "every solved site has a weight"
+    return replace(item, weight=weight, bias=bias, codes=None)
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect to a cluster whose head listens at `host:port`, or to the one on this machine."""
+    if address != "auto":
+        try:
+            _require_answer(address)
+        except (OSError, OverflowError) as error:
+            raise OptionError(
+                f"ray {address}: nothing answers there ({error}); give host:port of the head, as "
+                "`ray start --head` names it"
+            ) from error
+    try:
+        ray.init(address=address, **_QUIET)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        fault = " ".join(str(error).split())[:200]
+        raise OptionError(f"ray {address}: cannot connect: {fault}") from error
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError where no HTTP/2 server is at `host:port`: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=_PATIENCE) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(_HELLO)
+        if not connection.recv(1):
+            raise ConnectionError("the connection is closed")
+
+
+# The preface of HTTP/2 and an empty SETTINGS frame, which its servers answer at once.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
