@@ -194,7 +194,7 @@ class Engine:
         Only bfloat16, which a CPU does not run, is computed in float32.
 
         Returns:
-            None where the model's tensors do not fit into memory.
+            None where the model's tensors exceed the budget.
 
         Raises:
             ModelError: ONNX Runtime cannot run it.
@@ -204,7 +204,7 @@ class Engine:
         if "bfloat16" in widen(widened):
             part = widened
         stored = (value.const_value for value in part.graph.initializers.values())
-        if sum(tensor.nbytes for tensor in stored if tensor is not None) > available_memory():
+        if sum(tensor.nbytes for tensor in stored if tensor is not None) > self.budget:
             return None
         session = open_session(part, self.provider)
         with run_errors():
