@@ -339,11 +339,10 @@ class BlockTrainer:
         evaluator = Evaluator(part, precision="float32")
         names = [value.name or "" for value in part.graph.inputs]
         feed = streams.feed(streams.indices[0][0], names, ())
+        own = {name: feed[name] for name in names if name in feed}
         run = part.clone()
         widen(run)  # as the engine ran what it is fed with
-        found = agreement(
-            run, [{name: feed[name] for name in names if name in feed}], evaluator=evaluator
-        )
+        found = agreement(run, [own], evaluator=evaluator)
         if not found.ok:
             raise ModelError(found.reason)
         return evaluator
