@@ -18,6 +18,9 @@ from iobs_onnx.passes.ops.use import optional
 from iobs_onnx.passes.sites import readers
 from iobs_onnx.site import Patches, Rows, Site, Tap
 
+# A normalisation of com.microsoft that adds its first two inputs before.
+_ADDS_AND_NORMALISES = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -128,8 +131,10 @@ def _surroundings(node: ir.Node, product: Product, site: Site) -> Surroundings:
 
 
 def _residual(output: ir.Value, site: Site) -> Tap | None:
-    adder = _only_reader(output)
-    if adder is None or adder.op_type != "Add":
+    adder = _only_reader(output, "com.microsoft")
+    if adder is None or adder.op_type not in ("Add", *_ADDS_AND_NORMALISES):
+        return None
+    if not any(value is output for value in adder.inputs[:2]):
         return None
     other = optional(adder, 1 if adder.inputs[0] is output else 0)
     if other is None or other is output or stored_tensor(other) is not None:
@@ -141,8 +146,8 @@ def _residual(output: ir.Value, site: Site) -> Tap | None:
     return Tap(other.name or "", form, site.out_features)
 
 
-def _only_reader(value: ir.Value) -> ir.Node | None:
+def _only_reader(value: ir.Value, *domains: str) -> ir.Node | None:
     uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output() or uses[0].node.domain != "":
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.domain not in ("", *domains):
         return None
     return uses[0].node

@@ -35,10 +35,11 @@ def letters(folder: Path) -> int:
     return len(marks)
 
 
-def text_of(folder: Path, count: int, length: int) -> list[str]:
-    """Write sentences; return the options that name them."""
+def text_of(folder: Path, count: int, length: int, tokenizer: Path | None = None) -> list[str]:
+    """Write sentences; return the options that name them, and a tokenizer not beside the model."""
     (folder / "texts.txt").write_text("\n".join(sentences(count)))
-    return ["--text", str(folder / "texts.txt"), "--sequence-length", str(length)]
+    given = ["--text", str(folder / "texts.txt"), "--sequence-length", str(length)]
+    return given if tokenizer is None else [*given, "--tokenizer", str(tokenizer)]
 
 
 def bert(folder: Path) -> Made:
@@ -46,8 +47,7 @@ def bert(folder: Path) -> Made:
     import minilm
 
     model = minilm.export(TESTS.parent / "build" / "models" / "all-MiniLM-L6-v2.onnx")
-    data = text_of(folder, 48, 64)
-    data += ["--tokenizer", str(minilm.weights_folder() / "tokenizer.json")]
+    data = text_of(folder, 48, 64, minilm.weights_folder() / "tokenizer.json")
     others = minilm.feeds(minilm.reference_passages(64))
 
     def use(sparse: Path) -> None:
@@ -84,7 +84,9 @@ def roberta(folder: Path) -> Made:
     )
     told = np.random.default_rng(5).integers(3, 30, (4, 49))
     feeds = [{"input_ids": told, "attention_mask": np.ones_like(told)}]
-    return Made(model, text_of(folder, 64, 49), stays_near(model, feeds, 0.9))
+    return Made(
+        model, text_of(folder, 64, 49, folder / "tokenizer.json"), stays_near(model, feeds, 0.9)
+    )
 
 
 def llama_config(vocabulary: int) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def llama(folder: Path) -> Made:
     torch.manual_seed(0)
     config = LlamaConfig(**llama_config(letters(folder)), attn_implementation="eager")
     model = causal(LlamaForCausalLM(config), folder / "model.onnx")
-    return Made(model, text_of(folder, 64, 48), generates(model))
+    return Made(model, text_of(folder, 64, 48, folder / "tokenizer.json"), generates(model))
 
 
 def mixtral(folder: Path) -> Made:
@@ -117,7 +119,7 @@ def mixtral(folder: Path) -> Made:
 
     letters(folder)
     model = experts.export("mixtral", folder / "model.onnx")
-    return Made(model, text_of(folder, 96, 32), generates(model))
+    return Made(model, text_of(folder, 96, 32, folder / "tokenizer.json"), generates(model))
 
 
 def causal(module: Any, path: Path) -> Path:

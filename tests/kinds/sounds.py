@@ -152,7 +152,7 @@ def whisper(folder: Path) -> Made:
 def vits(folder: Path) -> Made:
     """Text to speech by VITS, small and random; the durations that it predicts set the length."""
     import torch
-    from languages import letters, sentences
+    from languages import letters, text_of
     from transformers import VitsConfig, VitsModel
 
     torch.manual_seed(0)
@@ -186,8 +186,7 @@ def vits(folder: Path) -> Made:
         {name: {1: "tokens"} for name in ("input_ids", "attention_mask")},
         dynamo=False,
     )
-    (folder / "texts.txt").write_text("\n".join(sentences(24)))
-    data = ["--text", str(folder / "texts.txt"), "--sequence-length", "48", "--batch-size", "1"]
+    data = text_of(folder, 24, 48, folder / "tokenizer.json")
 
     def use(sparse: Path) -> None:
         said = np.random.default_rng(5).integers(0, 20, (1, 30))
@@ -197,4 +196,4 @@ def vits(folder: Path) -> Made:
         assert waveform.shape[1] > 0
         assert np.isfinite(waveform).all()
 
-    return Made(model, data, use)
+    return Made(model, [*data, "--batch-size", "1"], use)

@@ -38,6 +38,25 @@ def test_bias_and_residual(block):
     assert found[second].residual is None
 
 
+@pytest.mark.parametrize("kind", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stream_that_is_added_within_a_normalisation(make, kind: str, first: bool):
+    """As ONNX Runtime GenAI's builder and ONNX Runtime's optimiser write it."""
+    inputs = ["m", "x", "b"] if first else ["x", "m", "b"]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], "M"),
+        helper.make_node(kind, inputs, ["n"], "N", domain="com.microsoft"),
+        helper.make_node("MatMul", ["n", "v"], ["k"], "K"),
+        helper.make_node(kind, ["n", "n", "k"], ["y"], "L", domain="com.microsoft"),
+    ]
+    model = load_model(make(nodes, {"x": ["n", 8]}, {"w": W, "b": B, "v": W + 1}, ["y"]))
+    site, scale = find_sites(model).sites
+    found = find_surroundings(model, (site, scale))
+    assert found[site].residual == Tap("x", Rows(-1), 8)
+    assert found[site].bias is None  # `b` is the scale
+    assert found[scale].residual is None  # scales, and is not added
+
+
 def test_a_shared_bias_is_parted_and_an_own_one_exchanged(block, run):
     model = load_model(block)
     first, second = find_sites(model).sites
