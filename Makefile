@@ -51,7 +51,7 @@ corpus: $(INSTALLED)  ## every model of the onnx package, real models, random gr
 	$(BIN)/pytest tests/corpus -m '' --log-cli-level=25 --log-cli-format='%(message)s'
 
 fuzz: $(INSTALLED)  ## broken models and archives: no traceback, hang or file left behind; minutes
-	$(BIN)/python tests/fuzz/fuzz_run.py --count 20000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_run.py --count 20000
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.errors import DataError, ModelError
+from iobs_onnx.errors import DataError, ModelError, OptionError
 from iobs_onnx.passes import Segment, instrument, outputs_out_of_reach, partition, release, widen
 from iobs_onnx.runtime import (
     Feed,
@@ -86,6 +87,28 @@ def kept_memory() -> Iterator[None]:
         library.mallopt(_MMAP_MAX, 65536)  # the defaults
         library.mallopt(_TRIM_THRESHOLD, 128 << 10)
         library.malloc_trim(0)
+
+
+@contextmanager
+def memory_faults(where: str, remedy: str) -> Iterator[None]:
+    """Say in one line that memory is full, that of a device or of the machine.
+
+    Args:
+        where: whose memory, at the beginning of the line.
+        remedy: its end.
+
+    Raises:
+        OptionError: it is full.
+    """
+    told = f"{where}: out of memory; {remedy}"
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OptionError(told) from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):  # what torch says on a CPU
+            raise
+        raise OptionError(told) from error
 
 
 def _allocator() -> ctypes.CDLL | None:
@@ -171,7 +194,7 @@ class Engine:
         Only bfloat16, which a CPU does not run, is computed in float32.
 
         Returns:
-            None where the model's tensors do not fit into memory.
+            None where the model's tensors exceed the budget.
 
         Raises:
             ModelError: ONNX Runtime cannot run it.
@@ -181,7 +204,7 @@ class Engine:
         if "bfloat16" in widen(widened):
             part = widened
         stored = (value.const_value for value in part.graph.initializers.values())
-        if sum(tensor.nbytes for tensor in stored if tensor is not None) > available_memory():
+        if sum(tensor.nbytes for tensor in stored if tensor is not None) > self.budget:
             return None
         session = open_session(part, self.provider)
         with run_errors():

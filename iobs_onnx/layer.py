@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import DataError, OptionError, SolverError
+from iobs_onnx.hessian import exact_float32
 from iobs_onnx.solvers import Problem, Solver, Sparse, make_solver
 from iobs_onnx.solvers.quadratic import squared_norms
 from iobs_onnx.sparsity import Pattern, parse_sparsity
@@ -102,6 +103,7 @@ def solve_layer(
     )
 
 
+@exact_float32()
 def newton_step(
     start: torch.Tensor,
     gradient: torch.Tensor,
@@ -149,6 +151,7 @@ def absolute_damping(damping: float, hessian: torch.Tensor) -> float:
     return damping * level if level > 0 else 1.0
 
 
+@exact_float32()
 def solve_stacked(
     weights: Sequence[torch.Tensor],
     hessian: torch.Tensor,

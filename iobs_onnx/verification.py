@@ -166,7 +166,11 @@ def verify(
     if given:
         config = make_config({"sparsity": "2:4", **options, "provider": provider})
         outputs = _outputs(dense, model, sparse, data, config)
-    failures += [f"output {out['name']!r} is not finite" for out in outputs if not out["finite"]]
+    failures += [
+        f"output {out['name']!r} is not finite" + (f" ({out['note']})" if out["note"] else "")
+        for out in outputs
+        if not out["finite"]
+    ]
     return Verification(
         None if pattern is None else str(pattern),
         sites,

@@ -12,7 +12,7 @@ from iobs_onnx.runtime.data.samples import Samples
 from iobs_onnx.runtime.data.self_written import SelfSamples
 from iobs_onnx.runtime.data.table import TableSamples
 from iobs_onnx.runtime.data.text import TextSamples
-from iobs_onnx.runtime.fidelity import Fidelity, OutputFidelity
+from iobs_onnx.runtime.fidelity import NEVER_FINITE, Fidelity, OutputFidelity
 from iobs_onnx.runtime.padding import Padding, find_padding
 from iobs_onnx.runtime.session import (
     InputSpec,
@@ -26,6 +26,7 @@ from iobs_onnx.runtime.session import (
 from iobs_onnx.runtime.stream import Batch, Spool, Store, Stream, weighed
 
 __all__ = [
+    "NEVER_FINITE",
     "AudioSamples",
     "Batch",
     "Calibration",

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from iobs_onnx.runtime.stream import Batch
 
 Array = NDArray[Any]
+# A note: what is not finite was not so before, whatever was pruned.
+NEVER_FINITE = "the dense model's values are not finite either"
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,19 @@ class _Totals:
         a, b = y_dense.reshape(-1, width), y_sparse.reshape(-1, width)
         self._finite &= bool(np.isfinite(b).all())
         self._finite_before &= bool(np.isfinite(a).all())
-        self._difference += float(((b - a) ** 2).sum())
-        self._norm += float((a**2).sum())
-        norms = np.stack([np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)])
-        product = norms.prod(axis=0)
-        cosine = (a * b).sum(axis=-1) / np.where(product > 0, product, 1.0)
-        self._cosines += float(np.where(norms.any(axis=0), cosine, 1.0).sum())
         self._vectors += len(a)
+        with np.errstate(invalid="ignore", over="ignore"):  # of what is not finite, nothing is told
+            self._difference += float(((b - a) ** 2).sum())
+            self._norm += float((a**2).sum())
+            norms = np.stack([np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)])
+            product = norms.prod(axis=0)
+            cosine = (a * b).sum(axis=-1) / np.where(product > 0, product, 1.0)
+            self._cosines += float(np.where(norms.any(axis=0), cosine, 1.0).sum())
 
     def result(self, name: str) -> OutputFidelity:
         feeds, apart, note = self._feeds, len(self._apart), None
         if not (self._finite or self._finite_before):
-            note = "the dense model's values are not finite either"
+            note = NEVER_FINITE
         elif apart:
             some = f"compared on {feeds - apart} of {feeds} feeds, those in which the models agree"
             note = (

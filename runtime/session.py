@@ -272,6 +272,7 @@ def _weights_beside(
             or tensor.dtype not in PLAIN
             or tensor.nbytes < _PASSED_BESIDE
             or value.is_graph_input()
+            or not value.uses()  # ONNX Runtime drops it before it looks for its values
         ):
             continue
         array = np.ascontiguousarray(tensor.numpy())

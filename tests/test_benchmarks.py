@@ -148,3 +148,30 @@ def test_words_are_drawn_and_the_best_path_is_read(tmp_path: Path) -> None:
     photograph = odd_models.photograph(tmp_path / "grey.png", 64, rng)
     assert photograph.shape == (1, 3, 64, 64)
     assert photograph.std() > 0.1
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_what_proves_cuda_tries_itself_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import prove_cuda
+    import scale
+
+    for name in ("HIDDEN", "FEED_FORWARD", "HEADS", "VOCABULARY", "SEQUENCE"):
+        monkeypatch.setattr(scale, name, getattr(scale, name))  # put back afterwards
+    here = ["--provider", "cpu", "--device", "cpu", "--quick"]
+    names = ("dlpack", "gram", "llama_block", "wide_solve", "out_of_memory")
+    assert prove_cuda.main([*here, "--checks", *names]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["check"] for line in lines] == list(names)
+    assert [line["ok"] for line in lines] == [None, True, True, True, None]
+    assert lines[2]["sites"] == 7
+
+    def broken(_: object) -> dict[str, object]:
+        raise RuntimeError("CUDA error: device-side assert")
+
+    monkeypatch.setitem(prove_cuda.CHECKS, "gram", broken)
+    assert prove_cuda.main([*here, "--checks", "gram", "dlpack"]) == 1
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (first["ok"], first["error"]) == (False, "RuntimeError: CUDA error: device-side assert")
+    assert second["check"] == "dlpack"  # the others run all the same

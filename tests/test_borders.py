@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import exports
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -19,7 +19,6 @@ from iobs_onnx.engine import Engine
 from iobs_onnx.errors import CheckError, DataError
 from iobs_onnx.passes import find_sites, find_surroundings, load_model, partition, prepare
 
-DATA = Path(__file__).parent / "data"
 Feed = dict[str, NDArray[np.generic]]
 
 
@@ -144,22 +143,19 @@ def test_classifiers(in_precision, magika_model: Path, paddle_model: Path, tmp_p
     hold_together(in_precision(paddle_model), {"x": pixels(2, 3, 48, 96)}, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["genai-fp32", "genai-int4"])
-def test_language_models_with_caches(kind: str, tmp_path: Path) -> None:
-    path = DATA / kind / "model.onnx"
-    decoder = json.loads((DATA / kind / "genai_config.json").read_text())["model"]["decoder"]
-    feed: Feed = {"input_ids": tokens(31), "attention_mask": np.ones((2, 24), np.int64)}
-    for value in onnx.load(path, load_external_data=False).graph.input:
-        if value.name.startswith("past"):
-            shape = 2, decoder["num_key_value_heads"], 0, decoder["head_size"]
-            feed[value.name] = np.zeros(shape, np.float32)
+@pytest.mark.parametrize("name", exports.LANGUAGE)
+def test_language_models(name: str, tmp_path: Path) -> None:
+    path = exports.LANGUAGE[name]
     # Where kernels are packed, MatMulNBits rounds activations to eight bits (accuracy_level 4).
-    hold_together(path, feed, tmp_path, 2.0**-8 if kind == "genai-int4" else None)
+    unit = 2.0**-8 if name == "genai int4" else None
+    hold_together(path, exports.language_feed(onnx.load(path)), tmp_path, unit)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_mixtures_of_experts(name: str, tmp_path: Path) -> None:
-    hold_together(DATA / f"{name}.onnx", {"input_ids": tokens(31)}, tmp_path)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+def test_text_to_speech(in_precision, tmp_path: Path) -> None:
+    path = in_precision(exports.speech(tmp_path / "speech.onnx"))
+    hold_together(path, {"input_ids": tokens(30)[:1]}, tmp_path)
 
 
 @pytest.mark.slow
@@ -255,11 +251,23 @@ def arrays(scale: float = 1.0) -> Feed:
 
 def test_a_model_that_overflows_is_named(tmp_path: Path) -> None:
     """float32 ends at 3e38."""
-    said = refused(large(tmp_path, np.float32), arrays(1e35), include=["down"])
+    path = large(tmp_path, np.float32)
+    said = refused(path, arrays(1e35), include=["down"])
     assert said.startswith("DataError: activation 'rows'")
     assert "holds Inf; output 'y' of the whole dense model is not finite either" in said
-    once = refused(large(tmp_path, np.float32), iter([arrays(1e35)] * 2), include=["down"])
+    once = refused(path, iter([arrays(1e35)] * 2), include=["down"])
     assert "holds Inf; these data are read once" in once
+    small = refused(path, arrays(1e35), include=["down"], memory_budget=1000)
+    assert "holds Inf; the whole model exceeds the memory budget" in small
+
+
+def test_outputs_that_were_never_finite_are_not_laid_to_pruning(tmp_path: Path) -> None:
+    """No linear reads what overflows."""
+    w, v = np.random.default_rng(0).normal(size=(2, 16, 16))
+    nodes = "MatMul x w a, Relu a b, MatMul b v c, Exp c y"
+    path = made(tmp_path, np.float32, nodes, w=w, v=v)
+    said = refused(path, arrays(100))
+    assert said.startswith("DataError: output 'y' is not finite on held-out feeds, in the dense")
 
 
 def test_a_model_whose_outputs_are_finite_is_not_blamed(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
-"""Memory of the process, which neighbours of this test may not see changed."""
+"""Memory: kept in the process, where neighbours of this test may not see it changed, and full."""
 
 from __future__ import annotations
 
 import resource
 
 import pytest
+import torch
 
-from iobs_onnx.engine import _allocator, kept_memory
+from iobs_onnx.engine import _allocator, kept_memory, memory_faults
+from iobs_onnx.errors import OptionError
 
 
 def faults() -> int:
@@ -29,3 +31,18 @@ def test_memory_is_mapped_once_within_and_each_time_outside() -> None:
         within = faults()
     assert within < outside / 4
     assert faults() > 4 * within
+
+
+def test_memory_that_is_full_is_one_line_and_other_faults_stay() -> None:
+    for fault in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+    ):
+        with (
+            pytest.raises(OptionError, match=r"^device cuda: out of memory; use --device cpu$"),
+            memory_faults("device cuda", "use --device cpu"),
+        ):
+            raise fault
+    with pytest.raises(RuntimeError, match="a defect"), memory_faults("device cuda", "none"):
+        raise RuntimeError("a defect")

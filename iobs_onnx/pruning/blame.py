@@ -44,7 +44,10 @@ def explained(
     outputs = [value.name or "" for value in model.graph.outputs if value.name not in unknown]
     found = run.engine.whole(model, [error.value, *outputs], feed)
     if found is None:
-        return DataError(f"{error}; the whole model does not fit into memory to be looked at")
+        return DataError(
+            f"{error}; the whole model exceeds the memory budget: raise that to learn whether it "
+            "has it too"
+        )
     broken = [name for name in outputs if not _finite(found[name])]
     if _finite(found[error.value]):
         return CheckError(

@@ -15,7 +15,7 @@ from iobs_onnx.engine import Engine, compare
 from iobs_onnx.errors import CheckError, DataError, GateError, InputError, OptionError
 from iobs_onnx.passes import save_model
 from iobs_onnx.report.outputs import judged
-from iobs_onnx.runtime import Data, OutputFidelity, find_callable
+from iobs_onnx.runtime import NEVER_FINITE, Data, OutputFidelity, find_callable
 
 Metric = Callable[[str], float]
 
@@ -63,14 +63,21 @@ class Judge:
 
         Raises:
             CheckError: the sparse model puts out values that are not finite.
+            DataError: so does the dense model.
         """
         if not self.data.held_out_samples:
             return []
         found = compare(self.dense, sparse, self.data.held_out, self.engine)
         if broken := [output for output in found if not output.finite]:
-            why = f" ({broken[0].note})" if broken[0].note else ""
+            output = broken[0]
+            if output.note == NEVER_FINITE:
+                raise DataError(
+                    f"output {output.name!r} is not finite on held-out feeds, in the dense model "
+                    "either; give other data, or mend the model"
+                )
+            why = f" ({output.note})" if output.note else ""
             raise CheckError(
-                f"output {broken[0].name!r} of the sparse model is not finite on held-out "
+                f"output {output.name!r} of the sparse model is not finite on held-out "
                 f"feeds{why}; nothing was written"
             )
         return found

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.engine import Engine, default_memory_budget
+from iobs_onnx.engine import Engine, default_memory_budget, memory_faults
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
 from iobs_onnx.passes import (
     count_parameters,
@@ -27,6 +27,7 @@ from iobs_onnx.passes import (
     load_model,
     locked,
     model_hash,
+    moving_lengths,
     require_opset,
     scratch,
     working_in,
@@ -41,7 +42,7 @@ from iobs_onnx.pruning.leave_dense import LeaveDense, reason
 from iobs_onnx.pruning.prior.allocate import allocate
 from iobs_onnx.pruning.prior.permute import permuted
 from iobs_onnx.pruning.progress import Progress
-from iobs_onnx.pruning.records import Run
+from iobs_onnx.pruning.records import Facts, Run
 from iobs_onnx.pruning.round_after import round_kept
 from iobs_onnx.pruning.rounds import UNREACHED, Rounds
 from iobs_onnx.pruning.selection import decline, select
@@ -120,7 +121,11 @@ def prune(
         GateError: it does not hold a bound that an option set.
     """
     config = make_config({"sparsity": sparsity, "solver": solver, **options})
-    with writing_to(output):
+    full = memory_faults(
+        f"device {config.device}",
+        "make --memory-budget or --batch-size smaller, or use --device cpu",
+    )
+    with writing_to(output), full:
         return _prune(
             model,
             config,
@@ -192,6 +197,7 @@ def _prune(
             distillation=untrained or _distillation(final),
             fidelity=final.verdict.outputs,
             seconds={**rounded.seconds, "total": time.perf_counter() - started},
+            deciding=_deciding(dense, final, rounded.facts),
         )
     if place.file is None:
         return PruneResult(written.model, report, None)
@@ -263,6 +269,13 @@ def _distillation(final: Pruned) -> dict[str, Any] | None:
 def _random_tokens(rounds: Rounds) -> float:
     """Return the share of the calibration that is random tokens."""
     return rounds.run.config.random_tokens if rounds.route.tokens else 0.0
+
+
+def _deciding(dense: ir.Model, final: Pruned, facts: Facts) -> list[str]:
+    """Return the sites that lengths follow from, where those of the pruned model are others."""
+    if not facts.out_of_step:
+        return []
+    return [site.name for site in final.sites if moving_lengths(dense, [site.initializer])]
 
 
 def _left_dense(run: Run, reached: Pruned, final: Pruned) -> list[Declined]:

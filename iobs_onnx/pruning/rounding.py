@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from iobs_onnx.errors import CheckError
-from iobs_onnx.hessian import Hessian
+from iobs_onnx.hessian import Hessian, exact_float32
 from iobs_onnx.layer import Solution, absolute_damping
 from iobs_onnx.passes import Codes, channel_axis, check_pattern, find_sites, store_as_integers
 from iobs_onnx.site import Site
@@ -17,6 +17,7 @@ from iobs_onnx.solvers.rounding import Rounded, nearest, round_compensated, step
 from iobs_onnx.sparsity import Pattern
 
 
+@exact_float32()
 def round_site(
     site: Site,
     solved: Sequence[Solution[torch.Tensor]],

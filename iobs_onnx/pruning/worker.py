@@ -11,14 +11,18 @@ from typing import Any
 import torch
 
 from iobs_onnx.config import PruneConfig
-from iobs_onnx.engine import Engine
+from iobs_onnx.engine import Engine, memory_faults
 from iobs_onnx.errors import IobsError, OptionError
+from iobs_onnx.hessian import exact_float32
 from iobs_onnx.passes import Segment, Shipment, scratch, unpack
 from iobs_onnx.pruning.records import SolvedSite
 from iobs_onnx.pruning.shard import Pair, Place, Shard
 from iobs_onnx.runtime import NotFinite, Sums
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import Problem, Solver, Sparse
+
+# What to do where the memory of a worker is full.
+FEWER = "use fewer --workers, or a smaller --memory-budget"
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Worker:
 
     def solve(self, solver: Solver, problem: Problem, hessian: torch.Tensor) -> Sparse:
         """Solve a problem, which comes without its Hessian, on this worker's device."""
-        with _named():
+        with _named(), exact_float32():
             whole = replace(problem, hessian=hessian).on(self._models.place.device)
             found = solver.solve(whole)
             return Sparse(found.weight.cpu(), found.mask.cpu())
@@ -124,20 +128,10 @@ def _fetch(reference: Any) -> Any:
 def _named() -> Iterator[None]:
     """Let errors name the node, and say what to do where its memory is full."""
     node = f"worker on {socket.gethostname()}"
-    try:
-        yield
-    except NotFinite as error:
-        raise NotFinite(f"{node}: {error}", error.value, error.batch) from error
-    except IobsError as error:
-        raise type(error)(f"{node}: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OptionError(out_of_memory(node)) from error
-    except RuntimeError as error:
-        if "not enough memory" not in str(error):  # what torch says on a CPU
-            raise
-        raise OptionError(out_of_memory(node)) from error
-
-
-def out_of_memory(node: str) -> str:
-    """Return what to say of a worker whose memory is full."""
-    return f"{node}: out of memory; use fewer --workers, or a smaller --memory-budget"
+    with memory_faults(node, FEWER):
+        try:
+            yield
+        except NotFinite as error:
+            raise NotFinite(f"{node}: {error}", error.value, error.batch) from error
+        except IobsError as error:
+            raise type(error)(f"{node}: {error}") from error

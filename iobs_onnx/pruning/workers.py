@@ -29,7 +29,7 @@ from iobs_onnx.passes import Segment, pack
 from iobs_onnx.pruning.executor import Executor
 from iobs_onnx.pruning.records import Run, SolvedSite
 from iobs_onnx.pruning.shard import Item
-from iobs_onnx.pruning.worker import Plan, Worker, out_of_memory
+from iobs_onnx.pruning.worker import FEWER, Plan, Worker
 from iobs_onnx.runtime import Store, Sums
 from iobs_onnx.runtime.data.samples import require
 from iobs_onnx.site import Site, Tap
@@ -323,9 +323,8 @@ class RayExecutor:
             raise
         except faults.OutOfMemoryError as error:  # Ray ends workers before the system does
             node = re.search(r"IP: ([^\s,)]+)", str(error))
-            raise OptionError(
-                out_of_memory("worker" + (f" on {node[1]}" if node else ""))
-            ) from error
+            where = f"worker on {node[1]}" if node else "worker"
+            raise OptionError(f"{where}: out of memory; {FEWER}") from error
 
     @property
     def _losses(self) -> tuple[type[Exception], ...]:
@@ -335,8 +334,7 @@ class RayExecutor:
 
     def _lost(self) -> IobsError:
         return IobsError(
-            f"workers were lost {_TRIES} times in a row; is their memory enough? use fewer "
-            "--workers, or a smaller --memory-budget"
+            f"workers were lost {_TRIES} times in a row; is their memory enough? {FEWER}"
         )
 
 

@@ -188,14 +188,18 @@ def build_report(
     distillation: Mapping[str, Any] | None,
     fidelity: Sequence[OutputFidelity],
     seconds: Mapping[str, float],
+    deciding: Sequence[str],
 ) -> PruneReport:
-    """Put a report together; totals are computed here."""
+    """Put a report together; totals are computed here.
+
+    `deciding` names sites that lengths follow from, where the pruned model's are not the dense's.
+    """
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     found = (
         *too_few_rows(sites),
         *thin_groups(sites),
         *residuals_left_out(sites),
-        *off_target(sites, calibration.out_of_step),
+        *off_target(sites, calibration.out_of_step, deciding),
     )
     return PruneReport(
         schema_version=SCHEMA_VERSION,

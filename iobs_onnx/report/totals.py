@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,16 +49,28 @@ def residuals_left_out(sites: Sequence[SiteReport]) -> list[str]:
     ]
 
 
-def off_target(sites: Sequence[SiteReport], out_of_step: Sequence[str]) -> list[str]:
-    """Say which sites did not aim at the dense model's output, as its rows are not the same."""
+def off_target(
+    sites: Sequence[SiteReport], out_of_step: Sequence[str], deciding: Sequence[str]
+) -> list[str]:
+    """Say which sites did not aim at the dense model's output, as its rows are not the same.
+
+    With those that decide how many rows there are, which could stay dense.
+    """
     names = [site.name for site in sites if not set(site.taps).isdisjoint(out_of_step)]
     if not names:
         return []
-    return [
+    found = [
         f"{len(names)} of {len(sites)} sites aimed at what the dense weight makes of the pruned "
         "model's activations (target layer), not at the dense model's: the length of what they "
         f"read depends on the values, and differs between the two: {', '.join(names)}"
     ]
+    if deciding:
+        options = " ".join(f"--exclude {shlex.quote(name)}" for name in deciding)
+        found.append(
+            f"these lengths follow from {len(deciding)} of the pruned sites: to keep them, and the "
+            f"dense model's target with them, {options}"
+        )
+    return found
 
 
 def totals_of(sites: Sequence[SiteReport], declined: int, parameters: int) -> dict[str, Any]:

@@ -280,7 +280,7 @@ class _Flow:
         for i in range(start, stop):
             fresh = {*self.weights[i], *self.tapped.get(i, ())} - seen
             seen |= fresh
-            more = sum(_work(item) if isinstance(item, Tap) else _nbytes(item) for item in fresh)
+            more = sum(_work(item) if isinstance(item, Tap) else _held(item) for item in fresh)
             if used and more and used + more > budget:
                 return i, half or i
             used += more
@@ -327,11 +327,15 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
 
 
 def _nbytes(value: ir.Value) -> int:
-    """Return the size of a stored tensor as it is run: halves in float32, see `halves.widen`."""
     tensor = stored_tensor(value)
-    if tensor is None:
-        return 0
-    return 4 * tensor.size if tensor.dtype in HALVES else tensor.nbytes
+    return 0 if tensor is None else tensor.nbytes
+
+
+def _held(value: ir.Value) -> int:
+    """Return the bytes that a stored tensor takes while it is run: on a CPU halves are widened."""
+    tensor = stored_tensor(value)
+    narrow = tensor is not None and tensor.dtype in HALVES
+    return 2 * _nbytes(value) if narrow else _nbytes(value)
 
 
 def _work(tap: Tap) -> int:

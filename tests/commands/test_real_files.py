@@ -87,6 +87,66 @@ def test_text_for_a_model_with_few_positions(
     assert "samples: says how data are read; give data" in capsys.readouterr().err
 
 
+def looked_up(nodes: list[onnx.NodeProto], **tables: np.ndarray) -> onnx.ModelProto:
+    """Return a model of `input_ids` in which `words` and `table` are looked up and added."""
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["word"]),
+        *nodes,
+        helper.make_node("Add", ["word", "place"], ["x"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    draw = np.random.default_rng(0)
+    shapes = {"words": (258, 8), "table": (42, 8), "w": (8, 8)}
+    tensors = {name: draw.normal(size=shape).astype("f") for name, shape in shapes.items()}
+    tensors |= {"zero": np.array(0), "one": np.array(1), "two": np.array(2), **tables}
+    ids = helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["b", "s"])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["b", "s", 8])
+    weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph(nodes, "positions", [ids], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+# BART: a Range, and two rows more. RoBERTa: tokens that are no padding are counted, from 2; kinds
+# of tokens are looked up by those numbers, which makes no positions of them.
+BART = [
+    helper.make_node("Shape", ["input_ids"], ["shape"]),
+    helper.make_node("Gather", ["shape", "one"], ["length"]),
+    helper.make_node("Range", ["zero", "length", "one"], ["places"]),
+    helper.make_node("Add", ["places", "two"], ["rows"]),
+    helper.make_node("Gather", ["table", "rows"], ["place"]),
+]
+ROBERTA = [
+    helper.make_node("Equal", ["input_ids", "one"], ["padding"]),
+    helper.make_node("Not", ["padding"], ["token"]),
+    helper.make_node("Cast", ["token"], ["mask"], to=onnx.TensorProto.INT64),
+    helper.make_node("CumSum", ["mask", "one"], ["counted"]),
+    helper.make_node("Mul", ["counted", "mask"], ["masked"]),
+    helper.make_node("Add", ["masked", "one"], ["rows"]),
+    helper.make_node("Gather", ["table", "rows"], ["where"]),
+    helper.make_node("Gather", ["buffer", "rows"], ["kinds"]),
+    helper.make_node("Gather", ["types", "kinds"], ["type"]),
+    helper.make_node("Add", ["where", "type"], ["place"]),
+]
+
+
+@pytest.mark.parametrize("nodes", [BART, ROBERTA], ids=["bart", "roberta"])
+def test_positions_that_do_not_begin_at_zero(
+    nodes: list[onnx.NodeProto], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    types = {"types": np.ones((2, 8), np.float32), "buffer": np.zeros(42, np.int64)}
+    onnx.save(looked_up(nodes, **(types if nodes is ROBERTA else {})), tmp_path / "model.onnx")
+    assert find_positions(load_model(tmp_path / "model.onnx")) == 40
+    (tmp_path / "text.txt").write_text("\n".join(f"{'so very ' * 60} long {i}" for i in range(8)))
+    small = Path(__file__).resolve().parents[1] / "data" / "genai-fp32" / "tokenizer.json"
+    prune = ["prune", str(tmp_path / "model.onnx"), "--text", str(tmp_path / "text.txt")]
+    prune += ["--tokenizer", str(small), "--sparsity", "2:4", "--quiet"]
+    prune += ["--output", str(tmp_path / "out.onnx")]
+    assert main([*prune, "--sequence-length", "41"]) == 2
+    assert "sequence_length 41: the model has 40 positions" in capsys.readouterr().err
+    assert main(prune) == 0
+    assert main([*prune, "--sequence-length", "40"]) == 0
+
+
 def test_buckets_of_distances_are_no_positions() -> None:
     """T5 looks up 32 buckets, whatever the length."""
     nodes = [

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import corpus_models
+import exports
+import genai
 import numpy as np
 import onnx
 import pytest
@@ -26,6 +28,8 @@ from iobs_onnx.passes import load_model, save_model
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 FILES = sorted(DATA.rglob("*.onnx"))
+# Precisions of ONNX Runtime GenAI's builder, and what it then builds for.
+_BUILT = [("fp32", "cpu"), ("fp16", "cuda"), ("int4", "cpu")]
 logger = logging.getLogger("corpus")
 # Between INFO, at which ONNX Runtime is named for every session, and WARNING.
 _TABLE = 25
@@ -185,6 +189,45 @@ def test_random_models() -> None:
     verdicts = judge_examples(1000)
     tell("random graphs", verdicts)
     assert sum(verdict.pruned > 0 for verdict in verdicts) >= 300
+
+
+def judge_language(name: str, path: Path, scratch: Path) -> Verdict:
+    model = onnx.load(path)
+    feeds = [exports.language_feed(model, seed=seed) for seed in range(3)]
+    verdict = judge(path, feeds, scratch, "fast")
+    tell(name, [verdict])
+    return verdict
+
+
+@pytest.mark.parametrize("name", exports.LANGUAGE)
+def test_language_models(name: str, tmp_path: Path) -> None:
+    assert judge_language(name, exports.LANGUAGE[name], tmp_path).pruned >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [32, 64, 128])
+@pytest.mark.parametrize(("precision", "provider"), _BUILT)
+def test_models_of_the_builder(hidden: int, precision: str, provider: str, tmp_path: Path) -> None:
+    """Llamas of one to three layers, built by ONNX Runtime GenAI."""
+    pytest.importorskip("onnxruntime_genai", reason="the wheel is not installed")
+    source = genai.hugging_face(tmp_path / "hf", hidden=hidden, layers=1 + hidden // 64)
+    genai.build(source, tmp_path / "built", precision, provider)
+    (tmp_path / "scratch").mkdir()
+    name = f"genai {precision} for {provider}, {hidden} wide"
+    path = tmp_path / "built" / "model.onnx"
+    assert judge_language(name, path, tmp_path / "scratch").pruned >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+def test_text_to_speech(tmp_path: Path) -> None:
+    path = exports.speech(tmp_path / "speech.onnx")
+    (tmp_path / "scratch").mkdir()
+    draw = np.random.default_rng(8)
+    feeds: list[Feed] = [{"input_ids": draw.integers(1, 30, (1, 8 + n))} for n in range(6)]
+    verdict = judge(path, feeds, tmp_path / "scratch", "fast")
+    tell("text to speech", [verdict])
+    assert verdict.pruned >= 20
 
 
 def random_bytes(count: int) -> list[Feed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import exports
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -195,6 +196,19 @@ def old() -> onnx.ModelProto:
     )
 
 
+def exported(name: str) -> Callable[[], onnx.ModelProto]:
+    """Return what reads a language model, with its data inside."""
+
+    def load() -> onnx.ModelProto:
+        model = onnx.load(exports.LANGUAGE[name])
+        for tensor in model.graph.initializer:
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+        return model
+
+    return load
+
+
 MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "mlp": mlp,
     "convolution": convolution,
@@ -203,6 +217,7 @@ MODELS: dict[str, Callable[[], onnx.ModelProto]] = {
     "function": function,
     "sparse": sparse,
     "old": old,
+    **{name: exported(name) for name in exports.LANGUAGE},
 }
 
 
@@ -210,7 +225,9 @@ def feeds(model: onnx.ModelProto, rows: int = 8) -> Feeds:
     """Return one array for each input without a default; free dimensions get `rows`."""
     stored = {tensor.name for tensor in model.graph.initializer}
     rng = np.random.default_rng(11)
-    arrays = {}
+    arrays = exports.language_feed(model, rows)
+    if arrays:
+        return arrays
     for info in model.graph.input:
         if info.name not in stored:
             dims = info.type.tensor_type.shape.dim

@@ -1,6 +1,6 @@
 """Feed broken models and archives to the command line, in child processes that are watched.
 
-    python tests/fuzz/fuzz_run.py --count 20000
+    PYTHONPATH=tests python tests/fuzz/fuzz_run.py --count 20000
 
 Every input is made from its number, so that a failure can be made again with `--first N --count 1`.
 Most models are inspected; every tenth is pruned, in both cases through the command line. A failure

@@ -14,12 +14,14 @@ import onnx
 import pytest
 
 from iobs_onnx import cli
+from iobs_onnx.passes import load_model, unknown_to_checker
 
 
 @pytest.mark.parametrize("name", fuzz_models.MODELS)
 def test_what_is_mutated_is_valid(name: str, tmp_path: Path) -> None:
     model = fuzz_models.MODELS[name]()
-    onnx.checker.check_model(model)
+    if not unknown_to_checker(load_model(model)):
+        onnx.checker.check_model(model)
     onnx.save(model, tmp_path / "model.onnx")
     (tmp_path / "feeds.npz").write_bytes(fuzz_run.archive(fuzz_models.feeds(model)))
     assert fuzz_run.examine("inspect", tmp_path) == "inspect: done"

@@ -53,6 +53,14 @@ KINDS = {
         (36, 36, 36),
         "ONNX Runtime: similarities of other text",
     ),
+    "roberta": Kind(
+        "RoBERTa",
+        "TorchScript",
+        languages.roberta,
+        "`--text`",
+        (12, 12, 12),
+        _NEAR,
+    ),
     "vit-dynamo": Kind(
         "ViT",
         "torch dynamo",

@@ -57,6 +57,36 @@ def bert(folder: Path) -> Made:
     return Made(model, data, use)
 
 
+def roberta(folder: Path) -> Made:
+    """A small random RoBERTa, whose positions begin at 2; padded text."""
+    import torch
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=letters(folder),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=50,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    ids = torch.ones(2, 12, dtype=torch.int64)
+    model = export(
+        RobertaModel(config, add_pooling_layer=False),
+        {"input_ids": ids, "attention_mask": ids},
+        folder / "model.onnx",
+        "last_hidden_state",
+        {name: {0: "batch", 1: "tokens"} for name in ("input_ids", "attention_mask")},
+        dynamo=False,
+    )
+    told = np.random.default_rng(5).integers(3, 30, (4, 49))
+    feeds = [{"input_ids": told, "attention_mask": np.ones_like(told)}]
+    return Made(model, text_of(folder, 64, 49), stays_near(model, feeds, 0.9))
+
+
 def llama_config(vocabulary: int) -> dict[str, Any]:
     return {
         "vocab_size": vocabulary,

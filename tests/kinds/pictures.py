@@ -116,7 +116,7 @@ def text_detector(folder: Path) -> Made:
     model = packaged("rapidocr_onnxruntime") / "models" / "ch_PP-OCRv4_det_infer.onnx"
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     asked = {"do_resize": False, "do_normalize": True, "image_mean": mean, "image_std": std}
-    data = folder_of(pages(16, 128, 0), folder, asked)
+    data = folder_of(pages(10, 128, 0), folder, asked)
     feeds = [
         {"x": (tensor(page, 0, 255) - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))}
         for page in pages(8, 128, 99)

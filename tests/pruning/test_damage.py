@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from onnx import helper, numpy_helper
 from iobs_onnx.cli import main
 
 WIDTH = 8
+ROUNDS = ("--rounds", "2", "--forgetting-factor", "0.5")
+TRAINED = ("--distill", "both", "--distill-steps", "6", "--quantize", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prune(folder: Path, work: Path, output: Path) -> int:
+def prune(folder: Path, work: Path, output: Path, options: Sequence[str] = ROUNDS) -> int:
     command = ["prune", str(folder / "model.onnx"), "--calibration", str(folder / "rows.npz")]
-    command += ["--sparsity", "2:4", "--preset", "fast", "--rounds", "2", "--quiet"]
-    command += ["--forgetting-factor", "0.5", "--work-dir", str(work), "--output", str(output)]
-    return main(command)
+    command += ["--sparsity", "2:4", "--preset", "fast", "--quiet", *options]
+    return main([*command, "--work-dir", str(work), "--output", str(output)])
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> Path:
+    """The same model, distilled and rounded to integers; its work folders lie below this one."""
+    folder = run / "trained"
+    folder.mkdir()
+    for name in ("model.onnx", "rows.npz"):
+        shutil.copy(run / name, folder)
+    assert prune(folder, folder / "whole", folder / "whole.onnx", TRAINED) == 0
+    shutil.copytree(folder / "whole", folder / "half")
+    for file in (*folder.glob("half/model-distil.*"), *folder.glob("half/round-2-*")):
+        file.unlink()
+    return folder
 
 
 def damage(work: Path, draw: np.random.Generator) -> str:
@@ -77,19 +93,21 @@ def damage(work: Path, draw: np.random.Generator) -> str:
     return f"{kind} {file.name}"
 
 
-@pytest.mark.parametrize(
-    "numbers", [range(30), pytest.param(range(30, 230), marks=pytest.mark.slow)]
-)
-def test_random_damage_is_noticed_or_harmless(
-    run: Path, tmp_path: Path, numbers: range, capsys: pytest.CaptureFixture[str]
+def hold(
+    run: Path,
+    options: Sequence[str],
+    numbers: range,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """See that each damage is noticed, or the written bytes are as without it."""
     right, codes = (run / "whole.onnx").read_bytes(), []
     for number in numbers:
         draw = np.random.default_rng(number)
-        work, output = tmp_path / str(number), tmp_path / "out.onnx"
+        work, output = folder / str(number), folder / "out.onnx"
         shutil.copytree(run / ("whole", "half")[number % 2], work)
         what = damage(work, draw)
-        codes.append(prune(run, work, output))
+        codes.append(prune(run, work, output, options))
         said = capsys.readouterr().err
         assert codes[-1] in (0, 2), (number, what, said)
         if codes[-1] == 2:
@@ -100,6 +118,22 @@ def test_random_damage_is_noticed_or_harmless(
             assert output.read_bytes() == right, (number, what)
             output.unlink()
     assert 0.2 < np.mean(np.array(codes) == 2) < 0.95  # both happen
+
+
+@pytest.mark.parametrize(
+    "numbers", [range(30), pytest.param(range(30, 230), marks=pytest.mark.slow)]
+)
+def test_random_damage_is_noticed_or_harmless(
+    run: Path, tmp_path: Path, numbers: range, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold(run, ROUNDS, numbers, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_random_damage_of_what_was_trained(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold(trained, TRAINED, range(1000, 1100), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("kind", ["solve.data", "sums.data", "solve.json", "verdict.json"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,24 @@ def test_what_is_out_of_step_aims_at_its_own_layer_and_the_report_says_so(
     stored = weights_of(output)["down"].T
     np.testing.assert_array_equal(stored != 0, expected != 0)
     np.testing.assert_allclose(stored, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_lengths_follow_from_can_be_left_dense(tmp_path: Path) -> None:
+    """The note names it; without it all aim at the dense model."""
+    model, output = speech(tmp_path, sharp=3.0), tmp_path / "out" / "sparse.onnx"
+    assert prune(model, output) == 0
+    report = json.loads((output.parent / "report.json").read_text())
+    (note,) = [n for n in report["calibration"]["notes"] if "these lengths follow from" in n]
+    assert "from 2 of the pruned sites" in note
+    names = {by_tensor(report)[weight]["name"] for weight in ("first", "durations")}
+    told = shlex.split(note[note.index("--exclude") :])
+    assert told[::2] == ["--exclude"] * 2
+    assert set(told[1::2]) == names
+    assert prune(model, output, *told) == 0
+    report = json.loads((output.parent / "report.json").read_text())
+    assert by_tensor(report).keys() == {"side", *AFTER}
+    assert report["calibration"]["out_of_step"] == []
+    assert all(told["apart"] == 0 for told in report["verification"])
 
 
 def test_sites_in_step_keep_what_they_have_without_the_others(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class FakeRay:
     """
 
     lose: Callable[[str], bool] = lambda _: False
+    full: Exception | None = None  # raised by every call
     lost: int = 0
     sent: list[str] = field(default_factory=list)
     exceptions = SimpleNamespace(
@@ -99,6 +100,8 @@ class Actor:
         given = [self.ray.get(a) if isinstance(a, Reference) else a for a in arguments]
         given = pickle.loads(pickle.dumps(given))
         self.ray.sent.append(method)
+        if self.ray.full is not None:
+            return Reference(self.ray.full)
         if self.alive and self.ray.lose(method):
             self.alive = False
             self.ray.lost += 1
@@ -209,11 +212,9 @@ def test_errors_come_back_as_they_are_and_name_the_node(
     with pytest.raises(IobsError, match=r"^workers were lost 4 times in a row"):
         pruned(run, always, tmp_path / "always")
 
-    killed = FakeRay()
     error = FullError("1 worker was killed. Memory on the node (IP: 10.0.0.7, ID: 49) was 22GB")
-    monkeypatch.setattr(killed, "get", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(OptionError, match=r"^worker on 10\.0\.0\.7: out of memory; use fewer"):
-        pruned(run, RayCrew(killed, 2, 0, 1), tmp_path / "killed")
+        pruned(run, RayCrew(FakeRay(full=error), 2, 0, 1), tmp_path / "killed")
     monkeypatch.setattr(worker.Shard, "measure", full)
     with pytest.raises(OptionError, match=remedy):
         pruned(run, RayCrew(FakeRay(), 2, 0, 1), tmp_path / "memory")

@@ -41,6 +41,17 @@ def test_opens_a_path_a_proto_and_an_ir_model(linear, tmp_path):
         np.testing.assert_allclose(session.run(["y"], FEED)[0], expected(linear), rtol=1e-5)
 
 
+def test_a_large_tensor_that_nothing_reads_is_no_obstacle(linear):
+    """ONNX Runtime has dropped it before it looks for values that are passed beside the message."""
+    weight = onnx.numpy_helper.to_array(linear.graph.initializer[0])
+    unread = onnx.numpy_helper.from_array(np.zeros(1024, np.float32), "unread")
+    linear.graph.initializer.append(unread)
+    session = open_session(ir.from_proto(linear), "cpu")
+    np.testing.assert_allclose(
+        session.run(["y"], FEED)[0], np.maximum(FEED["x"], 0) @ weight, rtol=1e-5
+    )
+
+
 def test_finds_external_data_of_a_path_and_of_an_ir_model(external, monkeypatch):
     linear = onnx.load(external)
     for model in (external, ir.load(external)):

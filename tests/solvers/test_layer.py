@@ -13,7 +13,7 @@ from iobs_onnx.errors import DataError, OptionError, SolverError
 from iobs_onnx.layer import solve_layer, solve_stacked
 from iobs_onnx.solvers import ALPS, EBD, LOBS, OBS, SOLVERS, Solver, make_solver
 from iobs_onnx.solvers.iobs import inverse_diagonal
-from iobs_onnx.solvers.problem import Problem
+from iobs_onnx.solvers.problem import Problem, Sparse
 from iobs_onnx.sparsity import NM, Unstructured
 
 Matrix = NDArray[np.float64]
@@ -270,3 +270,22 @@ def _errors_on_neighbouring_pixels(seed: int, *solvers: str | Solver) -> list[fl
         solve_layer(weight, hessian, sparsity="70%", solver=solver).layer_error
         for solver in solvers
     ]
+
+
+def test_solvers_multiply_in_float32_whatever_the_process_has_chosen() -> None:
+    """TF32 and bfloat16 keep three digits: a Cholesky factor of a damped Hessian needs more."""
+    seen = []
+
+    class Looks:
+        def solve(self, problem: Problem) -> Sparse:
+            seen.append(torch.get_float32_matmul_precision())
+            return Sparse(problem.weight, problem.weight != 0)
+
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        solve_layer(np.eye(4, 8), np.eye(8), sparsity="2:4", solver=Looks())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+    assert seen == ["highest"]
