@@ -51,11 +51,13 @@ class Worker:
     again from the feeds and the solved segments, by :meth:`replay`.
     """
 
+    def __init__(self) -> None:
+        self._held = ExitStack()
+
     def open(self, plan: Plan, feeds: Mapping[int, Any]) -> None:
         """Load the models; fetch the feeds of shards, by their numbers."""
         with _named():
             torch.set_num_threads(plan.threads)
-            self._held = ExitStack()
             folder = self._held.enter_context(scratch())
             config = plan.config
             gpu = config.device != "cpu" and torch.cuda.is_available()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -280,12 +281,11 @@ class RayExecutor:
             IobsError: what the worker raised, or workers are lost again and again.
         """
         for _ in range(_TRIES):
-            try:
-                return self._get(call.result)
-            except self._ray.exceptions.RayActorError as error:
-                self._require_memory(error)
-            # Another call of the lost worker may have been here before.
+            # Another call of a lost worker may have been here before: what that one returned is
+            # behind what the worker in its place has seen.
             if self._workers[call.index] is call.worker:
+                with suppress(*self._losses):
+                    return self._get(call.result)
                 self._replace(call.index)
             if not again:
                 return None
@@ -297,16 +297,15 @@ class RayExecutor:
         own = [number for number in self._summed if number % self._count == index]
         for _ in range(_TRIES):
             logger.warning("worker %d is lost: another takes its place", index)
+            self._ray.kill(self._workers[index])  # it may live, and only be out of reach
             self._workers[index] = self._kind.remote()
             steps = [self._open(index), self._call(index, "replay", self._done)]
             if (now := self._current) is not None:
                 steps += [self._call(index, "measure", number, now, (), ()) for number in own]
-            try:
+            with suppress(*self._losses):
                 for step in steps:
                     self._get(step.result)
                 return
-            except self._ray.exceptions.RayActorError as error:
-                self._require_memory(error)
         raise self._lost()
 
     def _open(self, index: int) -> _Call:
@@ -315,22 +314,27 @@ class RayExecutor:
 
     def _get(self, reference: Any) -> Any:
         """Return a result; an error of ours is raised as the worker raised it."""
+        faults = self._ray.exceptions
         try:
             return self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
+        except faults.RayTaskError as error:
             if isinstance(error.cause, IobsError):
                 raise error.cause from None
             raise
+        except faults.OutOfMemoryError as error:  # Ray ends workers before the system does
+            node = re.search(r"IP: ([^\s,)]+)", str(error))
+            where = f"worker on {node[1]}" if node else "worker"
+            raise OptionError(f"{where}: out of memory; {FEWER}") from error
 
-    def _require_memory(self, error: Exception) -> None:
-        """Raise OptionError where Ray killed a worker because its node had no memory left."""
-        if "low on memory" in str(error):
-            raise OptionError(f"a worker: out of memory; {FEWER}") from error
+    @property
+    def _losses(self) -> tuple[type[Exception], ...]:
+        """What Ray raises where a worker is gone, or what it had returned."""
+        faults = self._ray.exceptions
+        return faults.RayActorError, faults.ObjectLostError
 
     def _lost(self) -> IobsError:
         return IobsError(
-            f"workers were lost {_TRIES} times in a row; is their memory enough? use fewer "
-            "--workers, or a smaller --memory-budget"
+            f"workers were lost {_TRIES} times in a row; is their memory enough? {FEWER}"
         )
 
 

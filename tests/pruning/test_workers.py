@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,14 @@ class LostError(Exception):
     """A worker is gone."""
 
 
+class GoneError(Exception):
+    """What a worker had returned is gone."""
+
+
+class FullError(Exception):
+    """The memory of a worker's node is full."""
+
+
 class TaskError(Exception):
     """A worker raised its cause."""
 
@@ -51,9 +58,15 @@ class FakeRay:
     """
 
     lose: Callable[[str], bool] = lambda _: False
+    full: Exception | None = None  # raised by every call
     lost: int = 0
     sent: list[str] = field(default_factory=list)
-    exceptions = SimpleNamespace(RayActorError=LostError, RayTaskError=TaskError)
+    exceptions = SimpleNamespace(
+        RayActorError=LostError,
+        ObjectLostError=GoneError,
+        RayTaskError=TaskError,
+        OutOfMemoryError=FullError,
+    )
 
     def put(self, value: Any) -> Any:
         return Reference(pickle.dumps(value))
@@ -87,11 +100,12 @@ class Actor:
         given = [self.ray.get(a) if isinstance(a, Reference) else a for a in arguments]
         given = pickle.loads(pickle.dumps(given))
         self.ray.sent.append(method)
+        if self.ray.full is not None:
+            return Reference(self.ray.full)
         if self.alive and self.ray.lose(method):
             self.alive = False
             self.ray.lost += 1
-            with suppress(AttributeError):  # before it was opened there was nothing
-                self.instance.close()
+            self.instance.close()
         if not self.alive:
             return Reference(LostError("gone"))
         try:
@@ -197,6 +211,10 @@ def test_errors_come_back_as_they_are_and_name_the_node(
     always = RayCrew(FakeRay(lambda method: method == "measure"), 2, 0, 1)
     with pytest.raises(IobsError, match=r"^workers were lost 4 times in a row"):
         pruned(run, always, tmp_path / "always")
+
+    error = FullError("1 worker was killed. Memory on the node (IP: 10.0.0.7, ID: 49) was 22GB")
+    with pytest.raises(OptionError, match=r"^worker on 10\.0\.0\.7: out of memory; use fewer"):
+        pruned(run, RayCrew(FakeRay(full=error), 2, 0, 1), tmp_path / "killed")
     monkeypatch.setattr(worker.Shard, "measure", full)
     with pytest.raises(OptionError, match=remedy):
         pruned(run, RayCrew(FakeRay(), 2, 0, 1), tmp_path / "memory")

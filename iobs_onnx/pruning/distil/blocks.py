@@ -27,12 +27,7 @@ from iobs_onnx.pruning.distil.training import Pair, first, fit
 from iobs_onnx.pruning.distil.worth import held_out_loss
 from iobs_onnx.pruning.progress import Advance, silent
 from iobs_onnx.runtime import Feed
-from iobs_onnx.runtime.differentiable import (
-    Evaluator,
-    agreement,
-    multiplies_bfloat16,
-    unsupported,
-)
+from iobs_onnx.runtime.differentiable import Evaluator, agreement, multiplies_bfloat16, unsupported
 from iobs_onnx.site import Site
 
 # Passes over the data, and feeds on which rates are tried.
