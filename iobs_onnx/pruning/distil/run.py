@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from iobs_onnx.config import PruneConfig, make_config
-from iobs_onnx.engine import Engine, default_memory_budget
+from iobs_onnx.engine import Engine, default_memory_budget, memory_faults
 from iobs_onnx.errors import CheckError, DataError, ModelError
 from iobs_onnx.passes import (
     check_model,
@@ -104,7 +104,8 @@ def distil_file(
         InputError: a model, the data or an option is at fault.
         CheckError: onnx.checker refuses the result and not the sparse model.
     """
-    with writing_to(output):
+    full = memory_faults("distillation", "make --batch-size or --sequence-length smaller")
+    with writing_to(output), full:
         return _distil_file(
             dense,
             sparse,

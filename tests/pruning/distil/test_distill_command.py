@@ -125,3 +125,15 @@ def test_blocks_and_the_whole_read_the_same_data_once(files: Path) -> None:
     assert found.blocks is not None
     assert found.distilled is not None
     assert found.blocks["steps"] == found.distilled.steps == 12
+
+
+def test_full_memory_is_told_in_one_line_and_writes_nothing(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("iobs_onnx.pruning.distil.run.distil", full)
+    assert run(files, "--calibration", str(files / "data.npz")) == 2
+    assert "distillation: out of memory; make --batch-size" in capsys.readouterr().err
+    assert not (files / "out.onnx").exists()
