@@ -89,7 +89,10 @@ class Rounds:
         """
         best: Pruned | None = None
         trace: list[Round] = []
-        facts, seconds = Facts(), defaultdict[str, float](float)
+        facts = Facts()
+        # A run that goes on behind its last segment calibrates and solves nothing.
+        names = ("calibrate", *(stage.name for stage in self.stages))
+        seconds = defaultdict[str, float](float, dict.fromkeys(names, 0.0))
         parts = _parts(self.run.data, self.run.config.rounds)
         for number, (feeds, count) in enumerate(parts, start=1):
             before = {} if best is None else best.sites

@@ -304,6 +304,14 @@ def test_preset_belongs_to_iobs(toy: Path, capsys) -> None:
     assert "belongs to solver iobs" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_behind_its_last_segment_ends_as_any_other(toy: Path, capsys) -> None:
+    """It solves nothing, as its driver was killed when it had only to write."""
+    options = ("--work-dir", str(toy / "work"), "--report-dir", str(toy))
+    assert prune(toy, *options) == 0
+    assert prune(toy, *options) == 0, capsys.readouterr().err
+    assert json.loads((toy / "report.json").read_text())["seconds"]["solve"] == 0.0
+
+
 def test_control_characters_of_names_never_reach_the_terminal(toy: Path, capsys) -> None:
     """Neither those of ASCII nor the eight-bit ones, nor what turns the direction of writing."""
     evil = "up\x1b]0;owned\x07\x9b31m\u202e\r"
