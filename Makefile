@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-olive test-optimum corpus fuzz lint types bench docs package screenshots clean
+.PHONY: help demo test test-all test-olive test-optimum corpus fuzz lint types bench experiments docs package screenshots clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,9 @@ bench: $(INSTALLED)  ## speed and quality against the peers; minutes
 	$(BIN)/python benchmarks/calibration.py --model build/models/all-MiniLM-L6-v2.onnx \
 		--calibration build/layers/feeds
 	$(BIN)/python benchmarks/solvers.py
+
+experiments: $(INSTALLED)  ## the papers' experiments, on real models, into docs/experiments.md; hours
+	$(BIN)/python benchmarks/experiments
 
 docs: $(INSTALLED)  ## the site of the documentation, into build/site
 	$(BIN)/python -m mkdocs build --strict

@@ -1,0 +1,6 @@
+"""All experiments: `python benchmarks/experiments [NAME ...] [--quick] [--render]`."""
+
+import lab
+
+if __name__ == "__main__":
+    lab.main(*lab.everything())
