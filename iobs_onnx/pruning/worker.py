@@ -12,12 +12,12 @@ import torch
 
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.engine import Engine, memory_faults
-from iobs_onnx.errors import IobsError, OptionError
+from iobs_onnx.errors import IobsError
 from iobs_onnx.hessian import exact_float32
 from iobs_onnx.passes import Segment, Shipment, scratch, unpack
 from iobs_onnx.pruning.records import SolvedSite
 from iobs_onnx.pruning.shard import Pair, Place, Shard
-from iobs_onnx.runtime import NotFinite, Sums
+from iobs_onnx.runtime import NotFinite, Sums, find_device
 from iobs_onnx.site import Site, Tap
 from iobs_onnx.solvers import Problem, Solver, Sparse
 
@@ -60,11 +60,9 @@ class Worker:
             torch.set_num_threads(plan.threads)
             folder = self._held.enter_context(scratch())
             config = plan.config
-            gpu = config.device != "cpu" and torch.cuda.is_available()
-            if config.device == "cuda" and not gpu:
-                raise OptionError("device cuda: torch sees no CUDA device here; use --device cpu")
-            engine = Engine(config.provider, plan.budget, folder, plan.threads)
-            place = Place(engine, engine.store(), config, torch.device("cuda" if gpu else "cpu"))
+            device = find_device(config.device)
+            engine = Engine(config.provider, plan.budget, folder, plan.threads, device)
+            place = Place(engine, engine.store(), config, device)
             self._models = Pair(place, *unpack(plan.models), differ=plan.differ)
             self._shards = {
                 number: Shard(self._models, _fetch(items)) for number, items in feeds.items()
@@ -88,15 +86,22 @@ class Worker:
             sums.move(torch.device("cpu"))
             return sums
 
-    def propagate(self, segment: Segment, solved: Mapping[Site, SolvedSite]) -> dict[str, object]:
-        """Run a segment with its new weights over all shards, and forget it; say what ran it."""
+    def propagate(
+        self, segment: Segment, solved: Mapping[Site, SolvedSite]
+    ) -> tuple[str | None, dict[str, object]]:
+        """Run a segment with its new weights over all shards, and forget it.
+
+        Returns:
+            The execution provider that ran it, and what was used otherwise.
+        """
         with _named():
             self._models.close()
             self._models.rewrite(solved)
             for shard in self._shards.values():
                 shard.propagate(segment)
             self._models.forget(segment)
-            return self._models.place.engine.used()
+            engine = self._models.place.engine
+            return engine.ran(segment), engine.used()
 
     def replay(self, done: Sequence[tuple[Segment, Any]]) -> None:
         """Bring fresh shards behind solved segments.

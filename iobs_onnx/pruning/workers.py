@@ -126,7 +126,7 @@ class RayCrew:
             replace(run.config, metric=None, min_metric=None),
             pack([dense, sparse]),
             differ,
-            run.engine.budget // each,
+            run.engine.host_budget // each,
             threads if "OMP_NUM_THREADS" in os.environ else max(1, threads // each),
         )
         executor = RayExecutor(self, run, plan, [list(feeds) for feeds in shards])
@@ -238,7 +238,9 @@ class RayExecutor:
         every = range(self._count)
         for call in [self._call(index, "propagate", segment, weights) for index in every]:
             # A worker that took its place has been through this segment.
-            self._run.engine.note(self._result(call, again=False) or {})
+            told = self._result(call, again=False)
+            if told is not None:
+                self._run.engine.note(segment, *told)
 
     def each(
         self, function: Callable[[_Given], _Found], items: Iterable[_Given]
