@@ -306,8 +306,8 @@ class _Collector:
                     sums.add(left, chunk, batch.weight, shares=here, **share)
             return None
 
-        found = zip(self._jobs, self._pool.map(work, self._jobs), strict=True)
-        finite = [(job.tap, flag) for job, flag in found if flag is not None]
+        flags = zip(self._jobs, self._pool.map(work, self._jobs), strict=True)
+        finite = [(job.tap, flag) for job, flag in flags if flag is not None]
         # Looked at together: on a GPU each look waits for it.
         if finite and not bool(torch.stack([flag for _, flag in finite]).all()):
             tap = next(tap for tap, flag in finite if not bool(flag))

@@ -293,19 +293,19 @@ def emulated(gpu: Gpu) -> Iterator[Gpu]:
     def waited(*_: Any) -> None:
         gpu.counts["waits"] += 1
 
-    class Stream:
-        synchronize = waited
+    class Generator:
+        def __new__(cls, *_: Any) -> Any:
+            return real_generator()
 
     patches = {
         torch.cuda: {
             "is_available": lambda: True,
             "device_count": lambda: gpu.index + 1,
             "mem_get_info": lambda *_: (gpu.free, gpu.free),
-            "current_stream": lambda *_: Stream(),
             "synchronize": waited,
             "set_device": lambda *_: None,
         },
-        torch: {"Generator": lambda *_: real_generator()},
+        torch: {"Generator": Generator},
         engine: {
             "open_session": opened,
             "settle_provider": lambda provider, _: "cpu" if provider == "cpu" else "cuda",
