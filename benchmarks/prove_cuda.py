@@ -22,8 +22,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -32,10 +34,13 @@ import torch
 from onnx import TensorProto, helper
 
 import iobs_onnx
-from iobs_onnx.errors import IobsError, OptionError
+from iobs_onnx import engine
+from iobs_onnx.engine import memory_faults
+from iobs_onnx.errors import IobsError
 from iobs_onnx.hessian import GramAccumulator, exact_float32
 from iobs_onnx.layer import absolute_damping
-from iobs_onnx.runtime import available_providers, open_session
+from iobs_onnx.runtime import Store, available_providers, find_device, open_session, run_errors
+from iobs_onnx.runtime.device import cuda_options
 from iobs_onnx.solvers import SOLVERS, Problem, make_solver
 from iobs_onnx.sparsity import parse_sparsity
 
@@ -53,7 +58,7 @@ class Here:
 
     Attributes:
         provider: of ONNX Runtime, `cpu` or `cuda`.
-        device: of torch, `cpu` or `cuda`.
+        device: of torch, `cpu`, `cuda` or `cuda:N`.
         quick: whether sizes are small.
         models: files to prune, by what they are.
         folder: for files.
@@ -65,6 +70,11 @@ class Here:
     models: dict[str, Path]
     folder: Path
 
+    @property
+    def gpu(self) -> int:
+        """The number of the GPU."""
+        return int(self.device.partition(":")[2] or 0)
+
     def pick(self, small: int, large: int) -> int:
         """Return one of two sizes."""
         return small if self.quick else large
@@ -75,7 +85,7 @@ def versions(here: Here) -> Facts:
     packages = ("torch", "onnx", "onnx_ir", "numpy")
     found = {name: importlib.metadata.version(name) for name in packages}
     facts = {**found, "python": platform.python_version(), "providers": available_providers()}
-    if here.device == "cuda":
+    if here.device != "cpu":
         major, minor = torch.cuda.get_device_capability()
         facts |= {"gpu": torch.cuda.get_device_name(), "capability": f"{major}.{minor}"}
     return {"ok": True, **facts}
@@ -99,13 +109,14 @@ def dlpack(here: Here) -> Facts:
         session = open_session(
             helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
             "cuda",
+            gpu=here.gpu,
         )
         made = []
         for factor in (1.0, 3.0):
             dtype = helper.tensor_dtype_to_np_dtype(kind)
             binding = session.io_binding()
             binding.bind_cpu_input("x", np.full((4, 8), factor, dtype))
-            binding.bind_output("y", "cuda")
+            binding.bind_output("y", "cuda", here.gpu)
             session.run_with_iobinding(binding)
             made.append(from_dlpack(binding.get_outputs()[0]))
         del session, binding
@@ -226,20 +237,75 @@ def llama_block(here: Here) -> Facts:
         provider=here.provider,
         device=here.device,
     ).report
-    facts = {"feeds": len(feeds), "stages": report.seconds, "sites": report.totals["sites"]}
+    facts = {
+        "feeds": len(feeds),
+        "stages": report.seconds,
+        "sites": report.totals["sites"],
+        "segment_providers": report.runtime["segment_providers"],
+    }
     if here.provider == "cuda":
-        facts["nodes_by_provider"] = _placed(path, feeds[0], here.folder)
+        facts["nodes_by_provider"] = _placed(path, feeds[0], here)
     return {"ok": report.totals["sites"] == 7, **facts}
 
 
-def _placed(path: Path, feed: dict[str, Any], folder: Path) -> dict[str, int]:
+def tiers(here: Here) -> Facts:
+    """Activations on the device, on the host and on disk: the same bytes; seconds of each."""
+    path = here.folder / "tiers.onnx"
+    _shape(here)
+    scale.write_model(path, 2)
+    random = np.random.default_rng(0)
+    feeds = [
+        {"input_ids": random.integers(0, scale.VOCABULARY, (1, scale.SEQUENCE))} for _ in range(16)
+    ]
+    facts: Facts = {}
+    written = set()
+    for name, room, host in (("device", None, None), ("host", 0, None), ("disk", 0, 0)):
+        output = here.folder / name / "sparse.onnx"
+        output.parent.mkdir()
+        began = time.perf_counter()
+        with patch.object(engine, "Store", partial(_store, room, host)):
+            iobs_onnx.prune(
+                path,
+                sparsity="2:4",
+                calibration=feeds,
+                preset="fast",
+                provider=here.provider,
+                device=here.device,
+                output=output,
+            )
+        facts[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+        written.add(b"".join(each.read_bytes() for each in sorted(output.parent.glob("*.data"))))
+    return {"ok": len(written) == 1 and written != {b""}, **facts}
+
+
+def _store(
+    room: int | None,
+    host: int | None,
+    folder: Path,
+    budget: int,
+    device: torch.device | None = None,
+    share: int = 0,
+) -> Store:
+    """Return a store with other budgets, where they are given."""
+    return Store(folder, budget if host is None else host, device, share if room is None else room)
+
+
+def _shape(here: Here) -> None:
+    """Make models of `benchmarks/scale.py` small."""
+    sizes = (64, 176, 4, 256, 16) if here.quick else (512, 1408, 8, 512, 128)
+    names = ("HIDDEN", "FEED_FORWARD", "HEADS", "VOCABULARY", "SEQUENCE")
+    for name, size in zip(names, sizes, strict=True):
+        setattr(scale, name, size)
+
+
+def _placed(path: Path, feed: dict[str, Any], here: Here) -> dict[str, int]:
     """Count the nodes of a model that each provider runs, by ONNX Runtime's profile."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    options.profile_file_prefix = str(here.folder / "profile")
+    providers = [("CUDAExecutionProvider", cuda_options(here.gpu)), "CPUExecutionProvider"]
     session = ort.InferenceSession(str(path), options, providers=providers)
     session.run(None, feed)
     events = json.loads(Path(session.end_profiling()).read_text())
@@ -279,12 +345,7 @@ def wide_solve(here: Here) -> Facts:
 def distillation(here: Here) -> Facts:
     """Distil a model of one block; training runs on the CPU, whatever the device."""
     path = here.folder / "small.onnx"
-    for name, size in zip(
-        ("HIDDEN", "FEED_FORWARD", "HEADS", "VOCABULARY", "SEQUENCE"),
-        (64, 176, 4, 256, 16) if here.quick else (512, 1408, 8, 512, 128),
-        strict=True,
-    ):
-        setattr(scale, name, size)
+    _shape(here)
     scale.write_model(path, 1)
     random = np.random.default_rng(0)
     feeds = [
@@ -305,26 +366,51 @@ def distillation(here: Here) -> Facts:
 
 
 def out_of_memory(here: Here) -> Facts:
-    """Memory that is full is one line that says so, and the next run has it back."""
-    if here.device != "cuda":
-        raise Skipped("needs a CUDA device")
-    from iobs_onnx.engine import memory_faults
+    """Memory that is full is one line that says so, and the next run has it back.
 
-    free, _ = torch.cuda.mem_get_info()
-    said = ""
+    Of torch, and of ONNX Runtime where it is on CUDA.
+    """
+    if here.device == "cpu":
+        raise Skipped("needs a CUDA device")
+    device = find_device(here.device)
+    free, _ = torch.cuda.mem_get_info(device)
+    said = [_fault(lambda: torch.empty(2 * free, dtype=torch.uint8, device=device))]
+    ok = said[0].startswith("device cuda: out of memory")
+    if here.provider == "cuda":
+        session = open_session(_filled(2 * free // 4), "cuda", gpu=here.gpu)
+        said.append(_fault(lambda: session.run(None, {"x": np.ones(1, np.float32)})))
+        ok &= "memory is full" in said[1]
+        del session
+    again = torch.ones(1024, device=device).sum().item()
+    return {"ok": ok and again == 1024, "said": said}
+
+
+def _fault(act: Callable[[], Any]) -> str:
+    """Return what is said where memory is full."""
     try:
-        with memory_faults("device cuda", "use --device cpu"):
-            torch.empty(2 * free, dtype=torch.uint8, device="cuda")
-    except OptionError as error:
-        said = str(error)
-    again = torch.ones(1024, device="cuda").sum().item()
-    return {"ok": said.startswith("device cuda: out of memory") and again == 1024, "said": said}
+        with memory_faults("device cuda", "use --device cpu"), run_errors():
+            act()
+    except IobsError as error:
+        return str(error)
+    return ""
+
+
+def _filled(size: int) -> onnx.ModelProto:
+    """Return a model that fills so many numbers with `x`, and adds them up."""
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy"]
+    shape = helper.make_tensor("shape", TensorProto.INT64, [1], [size])
+    nodes = [
+        helper.make_node("Expand", ["x", "shape"], ["wide"]),
+        helper.make_node("ReduceSum", ["wide"], ["y"], keepdims=1),
+    ]
+    graph = helper.make_graph(nodes, "fill", value[:1], value[1:], [shape])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
 CHECKS: dict[str, Callable[[Here], Facts]] = {
     check.__name__: check
     for check in (
-        *(versions, dlpack, gram, solvers, encoder, convolutional, llama_block, wide_solve),
+        *(versions, dlpack, gram, solvers, encoder, convolutional, llama_block, tiers, wide_solve),
         *(distillation, out_of_memory),
     )
 }
@@ -333,11 +419,11 @@ CHECKS: dict[str, Callable[[Here], Facts]] = {
 @contextmanager
 def _peak(device: str, facts: Facts) -> Iterator[None]:
     began = time.perf_counter()
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     yield
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
         facts["peak_bytes"] = torch.cuda.max_memory_allocated()
     facts["seconds"] = round(time.perf_counter() - began, 2)
@@ -366,7 +452,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--device", default="cuda", help="cpu, cuda or cuda:N")
     parser.add_argument("--checks", nargs="+", default=list(CHECKS), choices=CHECKS)
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--encoder", type=Path, default=ROOT / "build/models/all-MiniLM-L6-v2.onnx")
@@ -374,8 +460,12 @@ def main(argv: list[str] | None = None) -> int:
         "--convolutional", type=Path, default=ROOT.parent / "shared/models/resnet20.onnx"
     )
     options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("device cuda: torch sees no CUDA device; --device cpu tries the script itself")
+    try:
+        device = find_device(options.device)
+    except IobsError as error:
+        parser.error(f"{error}; --device cpu tries the script itself")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     files = {"encoder": options.encoder, "convolutional": options.convolutional}
     with tempfile.TemporaryDirectory(prefix="prove-cuda-") as folder:
         here = Here(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from iobs_onnx.errors import DataError, ModelError, OptionError
+from iobs_onnx.errors import DataError, DependencyError, ModelError, OptionError
 from iobs_onnx.passes import Segment, instrument, outputs_out_of_reach, partition, release, widen
 from iobs_onnx.runtime import (
     Feed,
@@ -26,14 +27,16 @@ from iobs_onnx.runtime import (
     Padding,
     Store,
     Stream,
-    available_providers,
     find_padding,
     open_session,
     run_errors,
     session_info,
+    settle_provider,
+    share_of,
     taken,
 )
 
+_CPU = torch.device("cpu")
 # Of the machine's memory: a segment's weights and Hessians, and again as much for activations.
 _SHARE = 4
 # Parameters of `mallopt`.
@@ -59,13 +62,14 @@ def _all_memory() -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system.
+    """Return freed memory to the system, and that of a GPU which torch keeps.
 
     The C library of Linux keeps what lies between blocks in use, after a segment as much again as
     the segment took. Elsewhere there is nothing to do.
     """
     if (library := _allocator()) is not None:
         library.malloc_trim(0)
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
 
 @contextmanager
@@ -127,6 +131,8 @@ class Engine:
         budget: bytes of weights and Hessians in a segment, and of activations between two.
         folder: for activations beyond the budget.
         threads: of ONNX Runtime; 0 for one a core.
+        device: of torch; ONNX Runtime takes the same GPU. No segment is larger than a quarter of
+            its memory, and another quarter is for activations.
     """
 
     def __init__(
@@ -135,12 +141,16 @@ class Engine:
         budget: int,
         folder: Path,
         threads: int = 0,
+        device: torch.device = _CPU,
     ) -> None:
         self.provider = provider
-        self.budget = budget
+        self.device = device
+        self.host_budget = budget
+        self.budget = budget if device == _CPU else min(budget, share_of(device))
         self.folder = folder
         self._threads = threads
         self._used: dict[str, object] = {}
+        self._ran: dict[Hashable, str] = {}
         self._paddings: dict[int, tuple[ir.Model, Padding | None]] = {}
 
     def used(self) -> dict[str, object]:
@@ -150,13 +160,39 @@ class Engine:
         """
         return dict(self._used)
 
-    def note(self, used: Mapping[str, object]) -> None:
-        """Remember what another engine used."""
+    def ran(self, segment: Segment) -> str | None:
+        """Return the execution provider that ran a segment; None where nothing had to be run."""
+        return self._ran.get(_key(segment))
+
+    def note(self, segment: Segment, provider: str | None, used: Mapping[str, object]) -> None:
+        """Remember what this or another engine used, and where it ran a segment.
+
+        Raises:
+            DependencyError: one ran it on CUDA, and another on the CPU.
+        """
         self._used.update(used)
+        if provider is None:
+            return
+        before = self._ran.setdefault(_key(segment), provider)
+        if before != provider:
+            raise DependencyError(
+                f"{_named(segment)} ran on the {before}, and elsewhere on the {provider}; say "
+                "which with --provider cpu or cuda"
+            )
+
+    @cached_property
+    def _on(self) -> Literal["cpu", "cuda"]:
+        """Where every part is run: what works when the first one is."""
+        return settle_provider(self.provider, self.device.index or 0)
 
     def store(self) -> Store:
-        """Return a store for the activations of one process."""
-        return Store(self.folder, self.budget)
+        """Return a store for the activations of one process.
+
+        Where torch and ONNX Runtime compute on one GPU, a quarter of its memory holds the first.
+        """
+        if self.device == _CPU or self._on == "cpu":
+            return Store(self.folder, self.host_budget)
+        return Store(self.folder, self.host_budget, self.device, share_of(self.device))
 
     def stream(
         self,
@@ -173,18 +209,30 @@ class Engine:
         return Stream(feeds, store or self.store(), padding=padding)
 
     def open(self, model: ir.Model, segment: Segment, names: Sequence[str], stream: Stream) -> Any:
-        """Open the part of a model that computes `names` in a segment; None if there is none."""
+        """Open the part of a model that computes `names` in a segment; None if there is none.
+
+        Raises:
+            DependencyError: other parts run on CUDA, and this one cannot.
+        """
         made = [name for name in dict.fromkeys(names) if name not in segment.inputs]
         if not made:
             return None
         given = stream.kinds(segment.inputs)
         part = instrument(model, made, given)
-        on_cpu = self.provider == "cpu" or "CUDAExecutionProvider" not in available_providers()
-        if on_cpu:
+        if self._on == "cpu":
             self._used |= dict.fromkeys(widen(part), "computed in float32")
-        session = open_session(part, self.provider, threads=self._threads)
-        self._used.update(session_info(session))
+        try:
+            session = self._session(part, self._threads)
+        except DependencyError as error:
+            raise DependencyError(
+                f"{_named(segment)} falls to the CPU, where others run on CUDA: {error}, or a "
+                "smaller --memory-budget"
+            ) from error
+        self.note(segment, session.get_providers()[0], session_info(session))
         return session
+
+    def _session(self, part: ir.Model, threads: int = 0) -> Any:
+        return open_session(part, self._on, threads=threads, gpu=self.device.index or 0)
 
     def whole(
         self, model: ir.Model, names: Sequence[str], feed: Feed
@@ -206,11 +254,23 @@ class Engine:
         stored = (value.const_value for value in part.graph.initializers.values())
         if sum(tensor.nbytes for tensor in stored if tensor is not None) > self.budget:
             return None
-        session = open_session(part, self.provider)
+        session = self._session(part)
         with run_errors():
             found = session.run(None, taken(session, feed))
         outputs = [output.name for output in session.get_outputs()]
         return dict(zip(outputs, found, strict=True))
+
+
+def _key(segment: Segment) -> Hashable:
+    """Return what tells a segment from the others of any walk, in any process."""
+    return segment.inputs, segment.outputs, segment.wanted, segment.taps
+
+
+def _named(segment: Segment) -> str:
+    """Say which segment it is."""
+    made = [*(site.name for site in segment.sites), *segment.wanted, *segment.outputs]
+    more = f" and {len(segment.sites) - 1} more" if len(segment.sites) > 1 else ""
+    return f"the segment of {made[0]!r}{more}" if made else "a segment"
 
 
 def _require_shapes(dense: ir.Model, sparse: ir.Model) -> None:

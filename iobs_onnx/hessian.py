@@ -189,11 +189,10 @@ class _Strip:
         total = torch.zeros(self.size, device=self.device) if self.total is None else self.total
         return total.double().div_(weight).float()
 
-    def finite(self) -> bool:
+    def finite(self) -> list[torch.Tensor]:
         """Look at the sums of squares only: a row that is not finite spoils its own."""
         held = self.panel if self.pending else None, self.shard, self.total
-        sums = (s.diagonal(dim1=1, dim2=2) for s in held if s is not None)
-        return all(bool(squares.isfinite().all()) for squares in sums)
+        return [s.diagonal(dim1=1, dim2=2).isfinite().all() for s in held if s is not None]
 
 
 def _plus(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
@@ -328,9 +327,10 @@ class GramAccumulator(_Sums):
         for strip in self._strips[part::parts]:
             strip.add(scaled, scaled)
 
-    def finite(self, part: int = 0, parts: int = 1) -> bool:
-        """Whether the sums of squares are finite: false after a NaN, an Inf or an overflow."""
-        return all(strip.finite() for strip in self._strips[part::parts])
+    def finite(self, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """Whether the sums of squares hold no NaN, Inf or overflow, as a boolean on the device."""
+        found = [flag for strip in self._strips[part::parts] for flag in strip.finite()]
+        return torch.stack(found).all() if found else torch.tensor(True, device=self._device)
 
     def finish(self) -> Hessian:
         """Return the Hessian and release the sums.

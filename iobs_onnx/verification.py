@@ -186,14 +186,15 @@ def _outputs(
 ) -> list[dict[str, Any]]:
     from iobs_onnx.engine import Engine, compare, default_memory_budget
     from iobs_onnx.pruning.sources import calibration_sources, open_sources
-    from iobs_onnx.runtime import input_specs
+    from iobs_onnx.runtime import find_device, input_specs
 
     inputs = input_specs(sparse)
     sources = calibration_sources(data, config, sparse, path, inputs)
     feeds = open_sources(sources, None, inputs, config, judge=False).calibration
     reference = sparse if dense is None else load_model(dense)
     with scratch() as folder:
-        engine = Engine(config.provider, default_memory_budget(), folder)
+        device = find_device(config.device)
+        engine = Engine(config.provider, default_memory_budget(), folder, device=device)
         found = [dataclasses.asdict(item) for item in compare(reference, sparse, feeds, engine)]
     if dense is None:
         return [{**item, "relative_error": None, "cosine": None} for item in found]

@@ -12,6 +12,7 @@ from iobs_onnx.runtime.data.samples import Samples
 from iobs_onnx.runtime.data.self_written import SelfSamples
 from iobs_onnx.runtime.data.table import TableSamples
 from iobs_onnx.runtime.data.text import TextSamples
+from iobs_onnx.runtime.device import find_device, share_of
 from iobs_onnx.runtime.fidelity import NEVER_FINITE, Fidelity, OutputFidelity
 from iobs_onnx.runtime.padding import Padding, find_padding
 from iobs_onnx.runtime.session import (
@@ -21,9 +22,11 @@ from iobs_onnx.runtime.session import (
     open_session,
     run_errors,
     session_info,
+    settle_provider,
     taken,
 )
-from iobs_onnx.runtime.stream import Batch, Spool, Store, Stream, weighed
+from iobs_onnx.runtime.store import Store
+from iobs_onnx.runtime.stream import Batch, Spool, Stream, weighed
 
 __all__ = [
     "NEVER_FINITE",
@@ -52,6 +55,7 @@ __all__ = [
     "calibrate",
     "collect",
     "find_callable",
+    "find_device",
     "find_padding",
     "input_specs",
     "join",
@@ -60,6 +64,8 @@ __all__ = [
     "read_audio_config",
     "run_errors",
     "session_info",
+    "settle_provider",
+    "share_of",
     "taken",
     "weighed",
     "with_random_tokens",

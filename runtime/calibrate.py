@@ -23,7 +23,7 @@ from iobs_onnx.hessian import (
     exact_float32,
 )
 from iobs_onnx.runtime.drift import Away, fits, out_of_step
-from iobs_onnx.runtime.rows import read_rows, shares_of
+from iobs_onnx.runtime.rows import in_step, read_rows, shares_of
 from iobs_onnx.runtime.stream import Batch
 from iobs_onnx.site import Routed, Rows, Tap
 
@@ -256,9 +256,7 @@ class _Collector:
         self._threads = torch.get_num_threads()
         self._workers = self._threads if device.type == "cpu" else 1
         self._jobs: list[_Job] = []
-        self._pool = ThreadPoolExecutor(
-            self._workers, initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(self._workers, initializer=_begin, initargs=(self._device,))
 
     def __enter__(self) -> None:
         pass
@@ -290,7 +288,8 @@ class _Collector:
         lefts = [job.left for job in self._jobs if job.left is not None]
         away = Away(lefts, batch, dense, self._device)
 
-        def work(job: _Job) -> None:
+        def work(job: _Job) -> torch.Tensor | None:
+            """Add to a sum; of a Gram matrix return whether it is finite."""
             tap, share = job.tap, {"part": job.part, "parts": job.parts}
             activation = batch.values[tap.value].to(self._device)
             routes = _routes(tap, batch)
@@ -299,21 +298,21 @@ class _Collector:
             if job.left is None:
                 for chunk, here in _first(rows, shares):
                     self.sums.grams[tap].add(chunk, batch.weight, shares=here, **share)
-                if not self.sums.grams[tap].finite(job.part, job.parts):
-                    raise _not_finite(activation, tap, number)
-                return
+                return self.sums.grams[tap].finite(job.part, job.parts)
             sums = self.sums.drifts[tap] if job.left is tap else self.sums.beside[tap, job.left]
             with away.of(job.left) as difference:
                 lefts = read_rows(difference, job.left, keeps[tap], _routes(job.left, batch))
-                for (left, chunk), here in _first(_in_step(lefts, rows), shares):
+                for (left, chunk), here in _first(in_step(lefts, rows), shares):
                     sums.add(left, chunk, batch.weight, shares=here, **share)
+            return None
 
-        for _ in self._pool.map(work, self._jobs):
-            pass
+        flags = zip(self._jobs, self._pool.map(work, self._jobs), strict=True)
+        finite = [(job.tap, flag) for job, flag in flags if flag is not None]
+        # Looked at together: on a GPU each look waits for it.
+        if finite and not bool(torch.stack([flag for _, flag in finite]).all()):
+            tap = next(tap for tap, flag in finite if not bool(flag))
+            raise _not_finite(batch.values[tap.value], tap, number)
         self.sums.batches += 1
-        if self._device.type == "cuda":
-            # ONNX Runtime reuses the buffers on a stream of its own.
-            torch.cuda.synchronize(self._device)
 
     def _keeps(self, batch: Batch) -> dict[Tap, torch.Tensor | None]:
         """Return for each tap the mask of rows that are not padding, None to keep all."""
@@ -350,6 +349,13 @@ class _Collector:
         return jobs
 
 
+def _begin(device: torch.device) -> None:
+    """Set a thread of the pool up."""
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _routes(tap: Tap, batch: Batch) -> torch.Tensor | None:
     """Return what deals the rows of a tap out; None where all matrices meet all rows."""
     return batch.values[tap.form.index] if isinstance(tap.form, Routed) else None
@@ -362,26 +368,6 @@ def _first(
     for chunk in chunks:
         yield chunk, shares
         shares = None if shares is None else torch.zeros_like(shares)
-
-
-def _in_step(
-    left: Iterator[torch.Tensor], rows: Iterator[torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield both in chunks of equal length; they may be cut at different places.
-
-    No more is held of the left ones than the next chunk of rows needs.
-    """
-    held: list[torch.Tensor] = []
-    for chunk in rows:
-        wanted = chunk.shape[1]
-        while sum(part.shape[1] for part in held) < wanted:
-            more = next(left, None)
-            if more is None:
-                return
-            held.append(more)
-        whole = held[0] if len(held) == 1 else torch.cat(held, dim=1)
-        yield whole[:, :wanted], chunk
-        held = [whole[:, wanted:]] if whole.shape[1] > wanted else []
 
 
 def _not_finite(activation: torch.Tensor, tap: Tap, batch: int) -> DataError:

@@ -232,3 +232,23 @@ def shares_of(activation: torch.Tensor, tap: Tap, index: torch.Tensor) -> torch.
     assert isinstance(tap.form, Routed), "only their rows are dealt out"
     counts = torch.bincount(dealt(index, tap.form), minlength=tap.groups)
     return counts * (activation.numel() // max(1, index.numel() * tap.features))
+
+
+def in_step(
+    left: Iterator[torch.Tensor], rows: Iterator[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield both in chunks of equal length; they may be cut at different places.
+
+    No more is held of the left ones than the next chunk of rows needs.
+    """
+    held: list[torch.Tensor] = []
+    for chunk in rows:
+        wanted = chunk.shape[1]
+        while sum(part.shape[1] for part in held) < wanted:
+            more = next(left, None)
+            if more is None:
+                return
+            held.append(more)
+        whole = held[0] if len(held) == 1 else torch.cat(held, dim=1)
+        yield whole[:, :wanted], chunk
+        held = [whole[:, wanted:]] if whole.shape[1] > wanted else []

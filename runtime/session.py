@@ -19,6 +19,7 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from iobs_onnx.errors import DependencyError, ModelError, OptionError
+from iobs_onnx.runtime.device import cuda_options
 from iobs_onnx.runtime.head_size import head_size
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ Provider: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
-# ONNX Runtime multiplies in TF32 on CUDA unless told otherwise: 10 bits of mantissa.
-_CUDA_OPTIONS = {"use_tf32": "0"}
 # Levels of ONNX Runtime's log. Its errors come back as exceptions, so it need not print them.
 _ERROR, _FATAL = 3, 4
+# What it says where memory is full, and what to do then.
+_FULL = ("Failed to allocate memory", "out of memory", "smaller than requested bytes")
+_FEWER = "memory is full: make --batch-size or --memory-budget smaller, or use --provider cpu"
 _PROTOBUF_LIMIT = 2**31 - 1
 # Smaller tensors stay in the message: shapes and axes, whose values ONNX Runtime must see.
 _PASSED_BESIDE = 1024
@@ -68,7 +70,7 @@ class InputSpec:
 
 
 def open_session(
-    model: Model, provider: Provider = "auto", *, threads: int = 0
+    model: Model, provider: Provider = "auto", *, threads: int = 0, gpu: int = 0
 ) -> ort.InferenceSession:
     """Load a model into ONNX Runtime.
 
@@ -78,21 +80,15 @@ def open_session(
             external data of an `onnx_ir.Model` are mapped into memory and not copied on the CPU.
         provider: `auto` takes CUDA where it works and the CPU elsewhere, and logs which.
         threads: that an operator may take; 0 for one a core.
+        gpu: the number of the GPU, where CUDA is taken.
 
     Raises:
         DependencyError: no onnxruntime is installed, or `cuda` is asked for and cannot be had.
         ModelError: ONNX Runtime refuses the model.
         OptionError: an unknown provider.
     """
-    if provider not in ("auto", "cpu", "cuda"):
-        raise OptionError(f"provider {provider!r}: expected auto, cpu or cuda")
     runtime = _onnxruntime()
-    available = provider != "cpu" and _CUDA in runtime.get_available_providers()
-    if provider == "cuda" and not available:
-        raise DependencyError(
-            "provider cuda: the installed onnxruntime has no CUDA provider; "
-            "pip uninstall onnxruntime, then pip install 'iobs-onnx[gpu]'"
-        )
+    available = _has_cuda(runtime, provider)
     source, folder, weights = _source(runtime, model)
     # Folding and prepacking copy weights, several times over while the session is opened. All
     # models in memory go without, so that two of them round alike wherever their weights lie.
@@ -100,16 +96,15 @@ def open_session(
     disabled = ["ConstantFolding"] if lean else []
     if available:
         options = _options(runtime, folder, weights, threads, lean=lean, severity=_ERROR)
-        session = _try_cuda(runtime, source, options, disabled)
+        session, fault = _try_cuda(runtime, source, options, disabled, gpu)
         if session is not None:
             session.weights = weights
             return session
         if provider == "cuda":
             raise DependencyError(
-                "provider cuda: ONNX Runtime could not load CUDA and cuDNN (its log says which "
-                "library); install them or use --provider cpu"
+                f"provider cuda: ONNX Runtime {fault}; put that right, or use --provider cpu"
             )
-        logger.warning("CUDA could not be loaded: ONNX Runtime runs on the CPU")
+        logger.warning("ONNX Runtime runs on the CPU: it %s", fault)
     with _refusals(runtime, f"model {_label(model)}: ONNX Runtime cannot load it"):
         session = runtime.InferenceSession(
             source,
@@ -122,6 +117,35 @@ def open_session(
     session.weights = weights
     logger.info("ONNX Runtime %s on %s", runtime.__version__, session.get_providers())
     return session
+
+
+def _has_cuda(runtime: ModuleType, provider: Provider) -> bool:
+    """Whether CUDA is wanted and ONNX Runtime was built with it."""
+    if provider not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"provider {provider!r}: expected auto, cpu or cuda")
+    available = provider != "cpu" and _CUDA in runtime.get_available_providers()
+    if provider == "cuda" and not available:
+        raise DependencyError(
+            "provider cuda: the installed onnxruntime has no CUDA provider; "
+            "pip uninstall onnxruntime, then pip install 'iobs-onnx[gpu]'"
+        )
+    return available
+
+
+def settle_provider(provider: Provider, gpu: int = 0) -> Literal["cpu", "cuda"]:
+    """Say where a run computes, by a session of one operator: it is to compute there throughout.
+
+    Raises:
+        DependencyError, OptionError: as for :func:`open_session`.
+    """
+    if not _has_cuda(_onnxruntime(), provider):
+        return "cpu"
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    node = onnx.helper.make_node("Abs", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "probe", value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    return "cuda" if on_cuda(open_session(model, provider, gpu=gpu)) else "cpu"
 
 
 def available_providers() -> list[str]:
@@ -158,9 +182,7 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
     )
 
 
-def taken(
-    session: ort.InferenceSession, feed: Mapping[str, NDArray[Any]]
-) -> dict[str, NDArray[Any]]:
+def taken(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, Any]:
     """Return of a feed what a session takes, in the types it takes.
 
     Where a part of a model computes in float32 what the model computes in float16, it takes the
@@ -171,6 +193,11 @@ def taken(
     wide = {arg.name for arg in args if arg.type == "tensor(float)"} & narrow
     own = {arg.name: feed[arg.name] for arg in args if arg.name in feed}
     return {name: a.astype(np.float32) if name in wide else a for name, a in own.items()}
+
+
+def bits_as(bits: NDArray[np.uint16], element: int) -> ort.OrtValue:
+    """Return numbers of a type that NumPy lacks, of their bits; they live as long as it does."""
+    return _onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
 
 
 @contextmanager
@@ -220,22 +247,23 @@ def _try_cuda(
     source: str | bytes,
     options: ort.SessionOptions,
     disabled: list[str],
-) -> ort.InferenceSession | None:
-    """Return a session on CUDA, or None where the provider does not come up."""
+    gpu: int,
+) -> tuple[ort.InferenceSession | None, str]:
+    """Return a session on CUDA, or None where the provider does not come up, and why not."""
     try:
         session = runtime.InferenceSession(
             source,
             options,  # of a severity that names the library that is missing
-            providers=[(_CUDA, _CUDA_OPTIONS), _CPU],
+            providers=[(_CUDA, cuda_options(gpu)), _CPU],
             enable_fallback=0,
             disabled_optimizers=disabled,
         )
     except _exceptions(runtime) as error:
         # A model at fault fails on the CPU too, where its error is reported.
-        logger.warning("ONNX Runtime failed on CUDA: %s", _one_line(error))
-        return None
+        return None, f"failed on CUDA ({_one_line(error)})"
     # A library that does not load leaves the CPU provider alone, without an error.
-    return session if on_cuda(session) else None
+    fault = "could not load CUDA and cuDNN (its log says which library)"
+    return (session, "") if on_cuda(session) else (None, fault)
 
 
 def _source(
@@ -353,7 +381,9 @@ def _refusals(runtime: ModuleType, what: str) -> Iterator[None]:
     try:
         yield
     except _exceptions(runtime) as error:
-        raise ModelError(f"{what}: {_one_line(error)}") from error
+        fault = _one_line(error)
+        remedy = f"; {_FEWER}" if any(words in fault for words in _FULL) else ""
+        raise ModelError(f"{what}: {fault}{remedy}") from error
 
 
 def _exceptions(runtime: ModuleType) -> tuple[type[Exception], ...]:

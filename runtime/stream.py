@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,16 +14,23 @@ from torch.utils.dlpack import from_dlpack
 
 from iobs_onnx.errors import ModelError
 from iobs_onnx.runtime.data.feeds import Feed
+from iobs_onnx.runtime.device import wait_for
 from iobs_onnx.runtime.padding import Padding
-from iobs_onnx.runtime.session import PLAIN, on_cuda, run_errors, taken
+from iobs_onnx.runtime.session import on_cuda, run_errors, taken
+from iobs_onnx.runtime.store import (
+    TENSORS,
+    Held,
+    Store,
+    Value,
+    as_tensor,
+    bind,
+    element,
+    on_host,
+    value_of,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-_ELEMENTS = {dtype.numpy(): dtype.value for dtype in PLAIN}
-_TENSORS = frozenset(f"tensor({name})" for name in ("bool", "float16", "float", "double")) | {
-    f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)
-}
 
 
 @dataclass(frozen=True)
@@ -46,52 +50,15 @@ class Batch:
     padding: Padding | None = None
 
     def counts(self, name: str) -> torch.Tensor | None:
-        """Return the mask over a value's first axis, or first two; None where it is not for it."""
+        """Return the mask over a value's first axis, or first two; None where it is not for it.
+
+        It stays on the host: a GPU that is told how many rows there are need not be waited for.
+        """
         if self.mask is None or self.padding is None:
             return None
         value = self.values[name]
         mask = self.padding.over(self.mask, name, value.shape)
-        return None if mask is None else torch.from_numpy(mask).to(value.device)
-
-
-class Store:
-    """Holds arrays in memory up to a budget, and beyond it on disk.
-
-    Args:
-        folder: where arrays go that no longer fit; it must exist when the first one does not.
-        budget: bytes held in memory.
-    """
-
-    def __init__(self, folder: Path, budget: int) -> None:
-        self._folder = folder
-        self._free = budget
-        self._count = 0
-
-    def put(self, array: NDArray[Any]) -> NDArray[Any] | Path:
-        """Take an array; give it back to :meth:`get` and :meth:`drop` as what is returned."""
-        if array.nbytes <= self._free:
-            self._free -= array.nbytes
-            return array
-        self._count += 1
-        path = self._folder / f"stream-{os.getpid()}-{self._count:08d}.npy"
-        try:
-            np.save(path, array, allow_pickle=False)
-        except OSError as error:
-            # Of a full disk NumPy says only how much was written.
-            number = error.errno or errno.ENOSPC
-            raise OSError(number, os.strerror(number), os.fspath(path)) from error
-        return path
-
-    def get(self, held: NDArray[Any] | Path) -> NDArray[Any]:
-        """Return the array; one on disk is read anew each time."""
-        return np.load(held, allow_pickle=False) if isinstance(held, Path) else held
-
-    def drop(self, held: NDArray[Any] | Path) -> None:
-        """Forget an array."""
-        if isinstance(held, Path):
-            held.unlink()
-        else:
-            self._free += held.nbytes
+        return None if mask is None else torch.from_numpy(mask)
 
 
 class Spool:
@@ -115,7 +82,7 @@ class Spool:
     def __iter__(self) -> Iterator[tuple[Feed, float]]:
         while self._held:
             held, weight = self._held.popleft()
-            yield {name: self._store.get(array) for name, array in held.items()}, weight
+            yield {name: on_host(self._store.get(each)) for name, each in held.items()}, weight
             for array in held.values():
                 self._store.drop(array)
 
@@ -148,10 +115,11 @@ class Stream:
         self._store = store
         self._padding = padding
         self._base = base
-        self._held: list[dict[str, NDArray[Any] | Path]] = []
+        self._held: list[dict[str, Held]] = []
         self._masks: list[NDArray[np.bool_] | None] = []
         self._weights: list[float] = []
         self._feed: Feed = {}  # of the batch that is read from the feeds now
+        self._lifted: tuple[int, dict[str, Value]] = -1, {}  # of one batch, copied to the device
 
     def over(self) -> Stream:
         """Return a stream of another model that reads the same feeds, with this as its base."""
@@ -169,7 +137,7 @@ class Stream:
         if not len(self):
             return {}
         held = {name: self._find(0, name) for name in names}
-        return {n: (_ELEMENTS[a.dtype], a.ndim) for n, a in held.items() if a is not None}
+        return {n: (element(v), v.ndim) for n, v in held.items() if v is not None}
 
     def read(self, index: int, names: Iterable[str]) -> Feed:
         """Return held values of one batch.
@@ -179,8 +147,8 @@ class Stream:
         """
         found = {name: self._find(index, name) for name in names}
         if missing := [name for name, array in found.items() if array is None]:
-            raise ModelError(f"activation {missing[0]!r} is neither fed nor computed")
-        return {name: array for name, array in found.items() if array is not None}
+            raise _missing(missing[0])
+        return {name: on_host(value) for name, value in found.items() if value is not None}
 
     def run(
         self,
@@ -193,23 +161,28 @@ class Stream:
     ) -> Iterator[Batch]:
         """Run a segment over all batches, and yield what is fetched of each, until the next.
 
+        Where the store has a device and the session runs there, values go in and come out there:
+        one that is on the host is copied once for each batch, for both models together.
+
         Args:
             session: of the segment; None where all that is fetched was computed before.
             fetch: outputs of the session, or values of this stream.
             keep: outputs of the session to hold for later segments.
             alive: values to hold on to; all others are dropped as the batches pass.
-            device: where fetched values will be summed: on CUDA they stay there.
+            device: where fetched values are wanted.
 
         Raises:
             ModelError: ONNX Runtime cannot run a batch, or a value cannot be held.
         """
-        cuda = session is not None and torch.device(device).type == "cuda" and on_cuda(session)
+        device = torch.device(device)
         for index in self._indices(alive):
-            made = {} if session is None else self._run(session, index, keep, cuda)
+            made = {} if session is None else self._run(session, index, keep, device)
             for name in keep:
-                self._own(index)[name] = self._store.put(_to_numpy(made[name], name))
+                self._own(index)[name] = self._store.put(value_of(made[name], name))
             values = {
-                name: from_dlpack(made[name]) if name in made else self._tensor(index, name)
+                name: from_dlpack(made[name]).to(device)
+                if name in made
+                else self._tensor(index, name, device)
                 for name in fetch
             }
             yield Batch(values, *self._about(index))
@@ -217,6 +190,7 @@ class Stream:
             values.clear()
             made.clear()
             self._forget(index, alive)
+        self._let_go()
 
     def release(self, alive: Collection[str]) -> None:
         """Drop all values but those alive."""
@@ -236,47 +210,87 @@ class Stream:
             mask = feed.get(self._padding.name) if self._padding else None
             self._masks.append(None if mask is None else mask != 0)
             self._feed = feed
-            held = {name: array for name, array in feed.items() if name in alive}
-            self._own(index).update({name: self._store.put(a) for name, a in held.items()})
+            for name in [name for name in feed if name in alive]:
+                self._own(index)[name] = self._store.put(self._fed(index, name))
             yield index
         self._feeds, self._feed = None, {}
 
     def _run(
-        self, session: ort.InferenceSession, index: int, keep: Collection[str], cuda: bool
+        self, session: ort.InferenceSession, index: int, keep: Collection[str], wanted: torch.device
     ) -> dict[str, ort.OrtValue]:
-        names = [arg.name for arg in session.get_outputs()]
+        outputs = session.get_outputs()
         inputs = [arg.name for arg in session.get_inputs()]
         optional = [arg.name for arg in session.get_overridable_initializers()]
-        found = {name: self._find(index, name) for name in (*inputs, *optional)}
+        device = self._store.device if on_cuda(session) else None
+        found = {
+            name: self._at(index, name, device or torch.device("cpu"))
+            for name in (*inputs, *optional)
+        }
         if missing := [name for name in inputs if found[name] is None]:
             raise ModelError(f"value {missing[0]!r} is needed, and neither fed nor computed")
-        held = {name: array for name, array in found.items() if array is not None}
+        held = {name: value for name, value in found.items() if value is not None}
         binding = session.io_binding()
         with run_errors():
-            for name, array in taken(session, held).items():
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
-            for name in names:
-                # ONNX Runtime copies to the host itself what is held or summed there.
-                binding.bind_output(name, "cuda" if cuda and name not in keep else "cpu")
+            for name, value in taken(session, held).items():
+                bind(binding, name, value)
+            for arg in outputs:
+                there = arg.name in keep or wanted.type == "cuda"
+                stays = device is not None and there and arg.type in TENSORS
+                place = ("cuda", device.index) if device is not None and stays else ("cpu", 0)
+                binding.bind_output(arg.name, *place)
+            wait_for(device)
             session.run_with_iobinding(binding)
         # Each tensor made of these keeps its buffer alive, and nothing else does.
+        names = [arg.name for arg in outputs]
         return dict(zip(names, binding.get_outputs(), strict=True))
 
-    def _own(self, index: int) -> dict[str, NDArray[Any] | Path]:
+    def _own(self, index: int) -> dict[str, Held]:
         while len(self._held) <= index:
             self._held.append({})
         return self._held[index]
 
-    def _find(self, index: int, name: str) -> NDArray[Any] | None:
+    def _find(self, index: int, name: str) -> Value | None:
         if name in self._feed:
             return self._feed[name]
         if index < len(self._held) and name in self._held[index]:
             return self._store.get(self._held[index][name])
         return None if self._base is None else self._base._find(index, name)
 
-    def _tensor(self, index: int, name: str) -> torch.Tensor:
-        array = self.read(index, (name,))[name]
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    def _at(self, index: int, name: str, device: torch.device) -> Value | None:
+        """Return a value of one batch; on a GPU, where one is given, all but empty ones."""
+        own = name in self._feed or (index < len(self._held) and name in self._held[index])
+        if not own and self._base is not None:
+            return self._base._at(index, name, device)
+        if device.type != "cuda":
+            return self._find(index, name)
+        if self._lifted[0] != index:
+            self._lifted = index, {}
+        lifted = self._lifted[1]
+        if name not in lifted:
+            value = self._find(index, name)
+            if value is None or isinstance(value, torch.Tensor) or not value.size:
+                return value
+            lifted[name] = as_tensor(value).to(device, non_blocking=True)
+        return lifted[name]
+
+    def _tensor(self, index: int, name: str, device: torch.device) -> torch.Tensor:
+        value = self._at(index, name, device)
+        if value is None:
+            raise _missing(name)
+        return as_tensor(value).to(device)
+
+    def _fed(self, index: int, name: str) -> Value:
+        """Return a value of a feed where it is to be held."""
+        array, device = self._feed[name], self._store.device
+        if device is None or not array.size or not self._store.has_room(array):
+            return array
+        return self._tensor(index, name, device)
+
+    def _let_go(self) -> None:
+        """Forget what was copied to the device."""
+        self._lifted = -1, {}
+        if self._base is not None:
+            self._base._let_go()
 
     def _about(self, index: int) -> tuple[NDArray[np.bool_] | None, float, Padding | None]:
         if self._base is not None:
@@ -290,12 +304,5 @@ class Stream:
                 self._store.drop(held.pop(name))
 
 
-def _to_numpy(value: ort.OrtValue, name: str) -> NDArray[Any]:
-    """Return a copy of its own: a view would keep all memory of its session alive."""
-    if value.data_type() not in _TENSORS:
-        raise ModelError(
-            f"value {name!r} is a {value.data_type()}, which cannot be handed from one segment to "
-            "the next: raise the memory budget and use sequential none"
-        )
-    array: NDArray[Any] = value.numpy()
-    return array
+def _missing(name: str) -> ModelError:
+    return ModelError(f"activation {name!r} is neither fed nor computed")

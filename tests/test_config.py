@@ -30,6 +30,12 @@ RULES: list[tuple[tuple[str, ...], tuple[Any, ...], tuple[Any, ...], str]] = [
         "host:port or auto",
     ),
     (
+        ("device",),
+        ("auto", "cpu", "cuda", "cuda:0", "cuda:11"),
+        ("gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", 0, None),
+        "auto, cpu, cuda or cuda:N",
+    ),
+    (
         ("distill_time",),
         (0.5, 60, None),
         (0, -1.0, True, "soon"),
@@ -82,7 +88,7 @@ def test_values(name: str, taken: Any, refused: Any, expected: str) -> None:
 
 def test_choices() -> None:
     found = [f for f in dataclasses.fields(PruneConfig) if "choices" in f.metadata["how"]]
-    assert len(found) == 12
+    assert len(found) == 11
     for option in found:
         choices = option.metadata["how"]["choices"]
         for value in (1, "other", ["cpu"], *([] if option.default is None else [None])):
@@ -130,3 +136,10 @@ def test_a_value_is_refused_before_its_company() -> None:
         make_config({"sparsity": "2:4", "forgetting_factor": 1})
     with pytest.raises(OptionError, match=r"^min_metric 0\.5: give the metric that it bounds$"):
         make_config({"sparsity": "2:4", "min_metric": 0.5})
+
+
+def test_a_gpu_has_a_number() -> None:
+    assert [make_config({**BASE, "device": d}).gpu for d in ("auto", "cuda", "cuda:3")] == [0, 0, 3]
+    for more in ({"workers": 2}, {"ray": "auto"}):
+        with pytest.raises(OptionError, match=r"^device cuda:1: Ray gives each worker a GPU of"):
+            make_config({"sparsity": "2:4", "device": "cuda:1", **more})

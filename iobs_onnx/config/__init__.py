@@ -13,6 +13,7 @@ from iobs_onnx.config.checks import (
     as_given,
     boolean,
     bound,
+    device,
     finite,
     globs,
     integer,
@@ -308,8 +309,12 @@ class PruneConfig:
     provider: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "where ONNX Runtime runs the model", choices=("auto", "cpu", "cuda")
     )
-    device: Literal["auto", "cpu", "cuda"] = _option(
-        "auto", "where Hessians are summed and layers solved", choices=("auto", "cpu", "cuda")
+    device: str = _option(
+        "auto",
+        "where Hessians are summed and layers solved: auto, cpu, cuda, or cuda:N for GPU N, which "
+        "ONNX Runtime then takes too",
+        check=device,
+        metavar="DEVICE",
     )
     workers: int | None = _option(
         None,
@@ -349,6 +354,11 @@ class PruneConfig:
     def training(self) -> Training:
         """What is trained: what `distill` says, or else the preset."""
         return self.distill or ("model" if self.preset == "best" else "none")
+
+    @property
+    def gpu(self) -> int:
+        """The number of the GPU, where torch and ONNX Runtime compute on one."""
+        return int(self.device.partition(":")[2] or 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return every option as JSON types, for the report."""

@@ -15,6 +15,7 @@ from iobs_onnx.sparsity import NM, parse_sparsity
 Check: TypeAlias = Callable[[str, Any], Any]
 
 _ADDRESS = re.compile(r"auto|[^/\s]+:\d+")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?", re.ASCII)
 
 
 def _expect(*rules: tuple[str, Callable[[Any], bool]]) -> Check:
@@ -48,6 +49,7 @@ finite = _expect(_FINITE)
 share = _expect(_FINITE, ("a share at most 1", lambda value: value <= 1))
 share_below_one = _expect(_FINITE, ("a share below 1", lambda value: value < 1))
 address = _expect(("host:port or auto", lambda value: bool(_ADDRESS.fullmatch(str(value)))))
+device = _expect(("auto, cpu, cuda or cuda:N", lambda value: bool(_DEVICE.fullmatch(str(value)))))
 _is_path = _expect(("a path", lambda value: isinstance(value, str | os.PathLike)))
 
 

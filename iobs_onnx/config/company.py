@@ -34,6 +34,11 @@ def require_company(config: PruneConfig) -> None:
     for name in ("distill_steps", "distill_time"):
         if config.training == "none" and (value := getattr(config, name)) is not None:
             raise OptionError(f"{name} {value}: goes with distill blocks, model or both")
+    if ":" in config.device and (config.workers is not None or config.ray is not None):
+        raise OptionError(
+            f"device {config.device}: Ray gives each worker a GPU of its own, which is its only "
+            "one; give device cuda"
+        )
     if config.min_metric is not None and config.metric is None:
         raise OptionError(f"min_metric {config.min_metric}: give the metric that it bounds")
     _require_free_shares(config)

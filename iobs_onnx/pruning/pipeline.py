@@ -16,11 +16,10 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import torch
 
 from iobs_onnx.config import PruneConfig, make_config
 from iobs_onnx.engine import Engine, default_memory_budget, memory_faults
-from iobs_onnx.errors import DependencyError, ModelError, OptionError
+from iobs_onnx.errors import ModelError, OptionError
 from iobs_onnx.passes import (
     count_parameters,
     find_sites,
@@ -53,7 +52,7 @@ from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.workers import RayCrew
 from iobs_onnx.pruning.write import describe_file, require_form, write_pruned
 from iobs_onnx.report.record import CalibrationRecord, PruneReport, build_report
-from iobs_onnx.runtime import Data, input_specs
+from iobs_onnx.runtime import Data, find_device, input_specs
 from iobs_onnx.site import Candidates, Declined
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -149,7 +148,7 @@ def _prune(
 ) -> PruneResult:
     """Prune a model whose output is this run's alone; see :func:`prune`."""
     started = time.perf_counter()
-    device, metric = _device(config), find_metric(config.metric)
+    device, metric = find_device(config.device), find_metric(config.metric)
     dense = load_model(model)
     place = require_form(dense, model, output, config.emit)
     chosen = _chosen(dense, config)
@@ -158,7 +157,7 @@ def _prune(
     config, untrained = settle(config, dense, chosen.sites, data)
     with _work_folder(work_dir) as folder, _spill(folder) as spill, _crew(config) as crew:
         budget = config.memory_budget or default_memory_budget()
-        engine = Engine(config.provider, budget, spill)
+        engine = Engine(config.provider, budget, spill, device=device)
         checkpoint = Checkpoint(folder)
         if work_dir is not None:
             checkpoint.claim(_identity(model, work_dir, config, None if holdout is None else data))
@@ -183,6 +182,7 @@ def _prune(
                 **engine.used(),
                 "device": str(device),
                 "segments": len(rounds.route.segments),
+                "segment_providers": [engine.ran(segment) for segment in rounds.route.segments],
             },
             calibration=CalibrationRecord.of(
                 sources, data, dataclasses.asdict(rounded.facts), _random_tokens(rounds)
@@ -294,17 +294,6 @@ def _crew(config: PruneConfig) -> AbstractContextManager[Crew]:
     """Enter what runs the walks: this process, or workers."""
     here = config.workers is None and config.ray is None
     return nullcontext(LocalCrew()) if here else RayCrew.started(config)
-
-
-def _device(config: PruneConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise DependencyError(
-            "device cuda: torch sees no CUDA device; install a CUDA build of torch or use "
-            "--device cpu"
-        )
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
 
 
 @contextmanager

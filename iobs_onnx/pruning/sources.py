@@ -210,7 +210,8 @@ def _self_written(request: Request) -> Samples:
     if tokens is None:
         raise DataError("calibration self: the model looks up no tokens; give data")
     return SelfSamples(
-        open_session(request.path, config.provider),  # optimised, unlike one of a model in memory
+        # Optimised, unlike one of a model in memory.
+        open_session(request.path, config.provider, gpu=config.gpu),
         request.inputs,
         tokens[1],
         count=config.samples,

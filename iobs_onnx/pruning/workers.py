@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -126,8 +128,9 @@ class RayCrew:
             replace(run.config, metric=None, min_metric=None),
             pack([dense, sparse]),
             differ,
-            run.engine.budget // each,
+            run.engine.host_budget // each,
             threads if "OMP_NUM_THREADS" in os.environ else max(1, threads // each),
+            logging.getLogger("iobs_onnx").getEffectiveLevel(),
         )
         executor = RayExecutor(self, run, plan, [list(feeds) for feeds in shards])
         try:
@@ -174,6 +177,7 @@ class RayExecutor:
         self._current: Segment | None = None
         self._summed: set[int] = set()
         self._workers = [self._kind.remote() for _ in range(self._count)]
+        self._folders: dict[int, tuple[str, Path]] = {}  # that a killed worker leaves, and where
         self._free: SimpleQueue[int] = SimpleQueue()
         for index in range(self._count):
             self._free.put(index)
@@ -181,7 +185,7 @@ class RayExecutor:
     def begin(self) -> None:
         """Let every worker load the models and take its feeds."""
         for call in [self._open(index) for index in range(self._count)]:
-            self._result(call)
+            self._folders[call.index] = self._result(call)
 
     @property
     def tasks(self) -> RayExecutor:
@@ -193,8 +197,8 @@ class RayExecutor:
         calls = [self._call(index, "close") for index in range(self._count)]
         for call in calls:
             with suppress(Exception):
-                self._ray.get(call.result, timeout=_PATIENCE)
-            self._ray.kill(call.worker)
+                self._ray.get(call.result, timeout=_PATIENCE).retell()
+            self._end(call.index)
 
     def measure(
         self,
@@ -238,7 +242,11 @@ class RayExecutor:
         every = range(self._count)
         for call in [self._call(index, "propagate", segment, weights) for index in every]:
             # A worker that took its place has been through this segment.
-            self._run.engine.note(self._result(call, again=False) or {})
+            found = self._result(call, again=False)
+            if found is not None:
+                provider, used, told = found
+                told.retell()
+                self._run.engine.note(segment, provider, used)
 
     def each(
         self, function: Callable[[_Given], _Found], items: Iterable[_Given]
@@ -297,16 +305,24 @@ class RayExecutor:
         own = [number for number in self._summed if number % self._count == index]
         for _ in range(_TRIES):
             logger.warning("worker %d is lost: another takes its place", index)
-            self._ray.kill(self._workers[index])  # it may live, and only be out of reach
+            self._end(index)  # it may live, and only be out of reach
             self._workers[index] = self._kind.remote()
             steps = [self._open(index), self._call(index, "replay", self._done)]
             if (now := self._current) is not None:
                 steps += [self._call(index, "measure", number, now, (), ()) for number in own]
             with suppress(*self._losses):
-                for step in steps:
+                self._folders[index] = self._get(steps[0].result)
+                for step in steps[1:]:
                     self._get(step.result)
                 return
         raise self._lost()
+
+    def _end(self, index: int) -> None:
+        """End a worker, and remove what it left on this machine."""
+        self._ray.kill(self._workers[index])
+        node, folder = self._folders.pop(index, ("", None))
+        if folder is not None and node == socket.gethostname():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _open(self, index: int) -> _Call:
         feeds = {n: self._feeds[n] for n in range(index, len(self._feeds), self._count)}

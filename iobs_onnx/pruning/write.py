@@ -224,7 +224,7 @@ def _describe_deployment(
 
 def _refused(path: str | os.PathLike[str], config: PruneConfig) -> str | None:
     try:
-        open_session(path, config.provider)
+        open_session(path, config.provider, gpu=config.gpu)
     except ModelError as error:
         return str(error)
     return None

@@ -86,6 +86,17 @@ def test_any_number_of_workers_writes_the_same_bytes(
         assert written(*case, tmp_path, ray=address, workers=count) == here
 
 
+def test_what_workers_log_is_told_here(
+    mlp: Path, address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "iobs_onnx"):
+        iobs_onnx.prune(
+            mlp / "mlp.onnx", calibration=mlp / "a.npz", sparsity="2:4", ray=address, workers=2
+        )
+    where = f"worker on {socket.gethostname()}: ONNX Runtime"
+    assert any(message.startswith(where) for message in caplog.messages)
+
+
 def workers() -> list[int]:
     """Return the processes of workers."""
     found = []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import random
-from collections.abc import Callable
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +31,18 @@ from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.workers import RayCrew
 from iobs_onnx.runtime import Data, NotFinite
+
+
+# Workers that were killed, which closes nothing.
+KILLED: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Close them, so that Python does not complain of folders that nobody closed."""
+    yield
+    while KILLED:
+        KILLED.pop().close()
 
 
 class LostError(Exception):
@@ -82,6 +97,7 @@ class FakeRay:
 
     def kill(self, actor: Any) -> None:
         actor.alive = False
+        KILLED.append(actor.instance)
 
 
 @dataclass
@@ -105,7 +121,6 @@ class Actor:
         if self.alive and self.ray.lose(method):
             self.alive = False
             self.ray.lost += 1
-            self.instance.close()
         if not self.alive:
             return Reference(LostError("gone"))
         try:
@@ -177,14 +192,20 @@ class Misfortune:
 
 
 @pytest.mark.parametrize("sequential", ["site", "none"])
-def test_lost_workers_change_nothing(run: Run, tmp_path: Path, sequential: str) -> None:
+def test_lost_workers_change_nothing(
+    run: Run, tmp_path: Path, sequential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever they were doing, be it to take the place of another."""
     run = with_options(run, sequential=sequential)
     expected, _ = pruned(run, LocalCrew(), tmp_path / "local")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     lost, times = set(), 0
     for seed in range(4):
         ray = FakeRay(Misfortune(random.Random(seed)))
         found, _ = pruned(run, RayCrew(ray, 1 + seed, 0, 1), tmp_path / f"lost{seed}")
+        assert list(temporary.iterdir()) == []  # not what the lost ones had either
         lost |= ray.lose.lost
         times += ray.lost
         for name, weight in expected.items():
@@ -218,6 +239,46 @@ def test_errors_come_back_as_they_are_and_name_the_node(
     monkeypatch.setattr(worker.Shard, "measure", full)
     with pytest.raises(OptionError, match=remedy):
         pruned(run, RayCrew(FakeRay(), 2, 0, 1), tmp_path / "memory")
+
+
+def test_what_workers_log_and_warn_of_is_told_here(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(worker.socket, "gethostname", lambda: "node-7")
+    monkeypatch.setattr(logging.getLogger("iobs_onnx"), "level", logging.WARNING)
+    measure = worker.Shard.measure
+
+    def talking(*given: Any, **how: Any) -> Any:
+        log = logging.getLogger("iobs_onnx.runtime")
+        log.warning("100%% of %s", "memory")
+        log.info("too much")
+        warnings.warn("a matter of numbers", RuntimeWarning, stacklevel=1)
+        return measure(*given, **how)
+
+    monkeypatch.setattr(worker.Shard, "measure", talking)
+    with pytest.warns(RuntimeWarning) as warned:
+        pruned(run, RayCrew(FakeRay(), 2, 0, 1), tmp_path / "talk")
+    # Each worker warns of it once, as this process would, and logs it each time.
+    assert [str(each.message) for each in warned] == ["worker on node-7: a matter of numbers"] * 2
+    assert Path(warned[0].filename) == Path(__file__)
+    told = [each for each in caplog.records if each.getMessage().startswith("worker on node-7: ")]
+    assert {each.getMessage() for each in told} == {"worker on node-7: 100% of memory"}
+    assert {each.name for each in told} == {"iobs_onnx.runtime"}
+    assert len(told) == len([e for e in caplog.records if e.getMessage() == "100% of memory"])
+    # What was told before an error is told, too.
+    caplog.clear()
+
+    def failing(*given: Any, **how: Any) -> None:
+        talking(*given, **how)
+        raise DataError("no")
+
+    monkeypatch.setattr(worker.Shard, "measure", failing)
+    with pytest.warns(RuntimeWarning), pytest.raises(DataError, match=r"^worker on node-7: no$"):
+        pruned(run, RayCrew(FakeRay(), 2, 0, 1), tmp_path / "fail")
+    assert "worker on node-7: 100% of memory" in caplog.messages
 
 
 def test_workers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

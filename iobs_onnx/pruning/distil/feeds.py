@@ -183,7 +183,7 @@ def own_text(
     tokens = find_token_input(model)
     assert tokens is not None, "calibration_sources has seen to it"
     return written(
-        open_session(path, config.provider),
+        open_session(path, config.provider, gpu=config.gpu),
         inputs,
         tokens[1],
         length=config.sequence_length,

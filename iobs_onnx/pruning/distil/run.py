@@ -39,6 +39,7 @@ from iobs_onnx.runtime import (
     Data,
     Feed,
     SelfSamples,
+    find_device,
     input_specs,
     open_data,
 )
@@ -218,7 +219,9 @@ def _blocks(
     if request.mirror:
         feeds = [*feeds, *mirrored(feeds, settings.seed)]
     with scratch() as folder:
-        engine = Engine(request.config.provider, default_memory_budget(), folder)
+        config = request.config
+        device = find_device(config.device)
+        engine = Engine(config.provider, default_memory_budget(), folder, device=device)
         found = distil_blocks(
             request.dense,
             student,
