@@ -32,7 +32,6 @@ from iobs_onnx.pruning.walk import Route
 from iobs_onnx.pruning.workers import RayCrew
 from iobs_onnx.runtime import Data, NotFinite
 
-
 # Workers that were killed, which closes nothing.
 KILLED: list[Any] = []
 
