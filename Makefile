@@ -69,7 +69,7 @@ bench: $(INSTALLED)  ## speed and quality against the peers; minutes
 		--calibration build/layers/feeds
 	$(BIN)/python benchmarks/solvers.py
 
-experiments: $(INSTALLED)  ## the papers' experiments, on real models, into docs/experiments.md; hours
+experiments: $(INSTALLED)  ## the papers' experiments, on real models, into docs/experiments.md; long
 	$(BIN)/python benchmarks/experiments
 
 docs: $(INSTALLED)  ## the site of the documentation, into build/site

@@ -13,7 +13,9 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    root = EXPERIMENTS.parents[1]
+    for folder in (EXPERIMENTS, EXPERIMENTS.parent, root / "examples"):
+        monkeypatch.syspath_prepend(str(folder))
     import lab
 
     return lab
@@ -69,3 +71,39 @@ def test_every_experiment_is_listed_with_its_results_on_the_page(lab: ModuleType
     for name in names:
         assert f"<!-- {name}: begin -->" in page, name
         assert lab.read(EXPERIMENTS / "results" / f"{name}.jsonl"), name
+
+
+def test_quick_rates_of_recovery_keep_their_bounds(lab: ModuleType, tmp_path: Path) -> None:
+    import recovery_rates
+
+    settings = lab.Settings(True, tmp_path)
+    lines = lab.perform(recovery_rates.EXPERIMENT, settings, tmp_path / "rates.jsonl")
+    quadratics = [line for line in lines if line["loss"] == "quadratic"]
+    assert quadratics
+    for line in quadratics:
+        for name in recovery_rates.ALGORITHMS:
+            assert 0 < line[name]["worst"] <= line[name]["bound"] * (1 + 1e-9)
+        # A whole Newton step ends at the minimiser, which is sparse enough to be kept.
+        for name in ("Topk-I-OBS", "I-OBS"):
+            assert (line[name]["found"], line[name]["steps"]) == (1.0, 1.0)
+    for line in lines:
+        if line["loss"] == "logistic":
+            assert max(line["shares"].values()) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cbs_vision", "rounds_vision"])
+def test_quick_runs_on_vision_models(lab: ModuleType, tmp_path: Path, name: str) -> None:
+    shared = EXPERIMENTS.parents[2] / "shared"
+    if not (shared / "models/resnet20.onnx").exists():
+        pytest.skip("the shared folder is absent")
+    experiment = next(item for item in lab.everything() if item.name == name)
+    lines = lab.perform(experiment, lab.Settings(True, shared), tmp_path / "lines.jsonl")
+    dense = next(line["top-1"] for line in lines if line["method"] == "dense")
+    assert 91 < dense < 92.5  # ResNet-20 on the first 2,000 test images
+    tops = [top for x in lines[1:] for top in (x["top-1"] if name[0] == "r" else [x["top-1"]])]
+    assert len(tops) >= 3
+    assert all(0 <= top <= 100 for top in tops)
+    if name == "cbs_vision":  # at 70 % second-order methods keep far more than magnitude
+        by = {line["method"]: line["top-1"] for line in lines[1:]}
+        assert min(by["CBS"], by["I-OBS"]) > by["magnitude"] + 20
