@@ -18,7 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 from lab import Claim, Experiment, Finding, Line, Run, Settings, main
+from numpy.typing import NDArray
+from onnx import numpy_helper
 from quality_tasks import TASKS, Task, found
 
 import iobs_onnx
@@ -43,10 +47,45 @@ def runs(settings: Settings) -> Iterator[Run]:
                 key = {"model": model, "method": method, "seed": seed}
                 rounds, images = (2, 32) if settings.quick else (ROUNDS, IMAGES)
                 yield Run(key, partial(_prune, task, options, seed, rounds, images))
+        for method, options in METHODS.items():
+            yield Run(
+                {"model": model, "method": method, "round": 2}, partial(_moved, task, options)
+            )
 
 
 def _dense(task: Task) -> Line:
     return {"top-1": task.judge(task.model)["top-1"]}
+
+
+def _moved(task: Task, options: dict[str, Any]) -> Line:
+    """Return the share of the mask that a second round changes, and how far weights move."""
+    seen: list[dict[str, NDArray[np.float32]]] = []
+
+    def remembered(path: str) -> float:
+        stored = onnx.load(path).graph.initializer
+        seen.append({item.name: numpy_helper.to_array(item) for item in stored})
+        return float(len(seen))
+
+    drawn = task.calibration(2 * IMAGES)["x"]
+    with tempfile.TemporaryDirectory(prefix="rounds-vision-") as folder:
+        result = iobs_onnx.prune(
+            task.model,
+            calibration={"x": drawn},
+            batch_size=16,
+            sparsity=0.5,
+            rounds=2,
+            metric=remembered,
+            output=Path(folder) / "sparse.onnx",
+            **options,
+        )
+    first, second = (
+        np.concatenate([stored[site.initializer].ravel() for site in result.report.sites])
+        for stored in seen
+    )
+    return {
+        "mask": float(((first != 0) != (second != 0)).mean()),
+        "moved": float(np.linalg.norm(second - first) / np.linalg.norm(first)),
+    }
 
 
 def _prune(task: Task, options: dict[str, Any], seed: int, rounds: int, images: int) -> Line:
@@ -73,7 +112,11 @@ def _prune(task: Task, options: dict[str, Any], seed: int, rounds: int, images: 
 
 
 def _mean(lines: Sequence[Line], model: str, method: str) -> list[float]:
-    own = [x["top-1"] for x in lines if (x["model"], x["method"]) == (model, method)]
+    own = [
+        line["top-1"]
+        for line in lines
+        if (line["model"], line["method"]) == (model, method) and "seed" in line
+    ]
     return [sum(values) / len(values) for values in zip(*own, strict=True)]
 
 
@@ -126,7 +169,22 @@ def draw(lines: Sequence[Line], folder: Path) -> list[str]:
             cells = [f"{value:.2f}" for value in _mean(lines, model, method)]
             parts.append(f"| {model} | {dense:.2f} | {method} | " + " | ".join(cells) + " |")
     _figure(lines, folder / "experiments-rounds-vision.png")
-    return [*parts, "", "![top-1 by round](img/experiments-rounds-vision.png)"]
+    moves = [line for line in lines if "moved" in line]
+    if moves:
+        parts += ["", "What the second round changes:", ""]
+        parts += ["| model | method | of the mask | of the weights, by norm |", "|---|---|---|---|"]
+    for line in moves:
+        cells = [line["model"], line["method"], f"{line['mask']:.3%}", f"{line['moved']:.2%}"]
+        parts.append("| " + " | ".join(cells) + " |")
+    return [
+        *parts,
+        "",
+        "A step of 0.01 towards the dense weights gives a removed weight a hundredth of itself "
+        "back; the projection removes it again, and the mask stays what the first round made it. "
+        "At 50 % there is little to win besides: these networks lose a fraction of a point.",
+        "",
+        "![top-1 by round](img/experiments-rounds-vision.png)",
+    ]
 
 
 def _dense_of(lines: Sequence[Line], model: str) -> float:
