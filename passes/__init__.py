@@ -1,5 +1,6 @@
 """Graph in, graph out: what reads and edits ONNX models, without running or solving anything."""
 
+from iobs_onnx.passes.checks.changes import bound_changes
 from iobs_onnx.passes.checks.check import (
     Violation,
     achieved_sparsity,
@@ -66,6 +67,7 @@ __all__ = [
     "Surroundings",
     "Violation",
     "achieved_sparsity",
+    "bound_changes",
     "bring_into_memory",
     "channel_axis",
     "check_model",

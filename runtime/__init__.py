@@ -25,6 +25,7 @@ from iobs_onnx.runtime.session import (
     settle_provider,
     taken,
 )
+from iobs_onnx.runtime.shapes import value_shapes
 from iobs_onnx.runtime.store import Store
 from iobs_onnx.runtime.stream import Batch, Spool, Stream, weighed
 
@@ -67,6 +68,7 @@ __all__ = [
     "settle_provider",
     "share_of",
     "taken",
+    "value_shapes",
     "weighed",
     "with_random_tokens",
 ]

@@ -32,6 +32,7 @@ from iobs_onnx.passes import (
     working_in,
     writing_to,
 )
+from iobs_onnx.pruning.bounds import network_bound
 from iobs_onnx.pruning.checkpoint import Checkpoint, digest
 from iobs_onnx.pruning.distil.stage import DistilBlocks, DistilModel, settle
 from iobs_onnx.pruning.executor import Crew, LocalCrew
@@ -174,6 +175,9 @@ def _prune(
         final = _finished(rounds, rounded.pruned, DistilModel(sources, model), left, progress)
         require_output_error(final.verdict.outputs, config.max_output_error)
         written = write_pruned(run, final, model, place)
+        calibrated = CalibrationRecord.of(
+            sources, data, dataclasses.asdict(rounded.facts), _random_tokens(rounds)
+        )
         report = build_report(
             config=config,
             model={**describe_file(model), "checker": written.checker},
@@ -184,11 +188,10 @@ def _prune(
                 "segments": len(rounds.route.segments),
                 "segment_providers": [engine.ran(segment) for segment in rounds.route.segments],
             },
-            calibration=CalibrationRecord.of(
-                sources, data, dataclasses.asdict(rounded.facts), _random_tokens(rounds)
-            ),
+            calibration=calibrated,
             sites=[item.report(site) for site, item in final.sites.items()],
             declined=[*chosen.declined, *_left_dense(run, rounded.pruned, final)],
+            bound=network_bound(run, final, calibrated),
             parameters=count_parameters(dense, chosen.sites),
             deployment=written.deployment,
             permutations=permutations,

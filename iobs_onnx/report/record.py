@@ -117,6 +117,7 @@ class PruneReport:
     options: dict[str, Any]
     calibration: CalibrationRecord
     sites: list[SiteReport]
+    network_bound: dict[str, Any]
     declined: list[dict[str, Any]]
     totals: dict[str, Any]
     deployment: dict[str, Any]
@@ -179,6 +180,7 @@ def build_report(
     runtime: Mapping[str, Any],
     calibration: CalibrationRecord,
     sites: Sequence[SiteReport],
+    bound: Mapping[str, Any],
     declined: Sequence[Declined],
     parameters: int,
     deployment: Mapping[str, Any],
@@ -210,6 +212,7 @@ def build_report(
         options=config.as_dict(),
         calibration=dataclasses.replace(calibration, notes=[*calibration.notes, *found]),
         sites=list(sites),
+        network_bound=dict(bound),
         declined=[describe_declined(item) for item in declined],
         totals=totals_of(sites, len(declined), parameters),
         deployment=dict(deployment),
