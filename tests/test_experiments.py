@@ -91,6 +91,24 @@ def test_quick_rates_of_recovery_keep_their_bounds(lab: ModuleType, tmp_path: Pa
             assert max(line["shares"].values()) <= 1
 
 
+def test_quick_layers_of_an_mlp_keep_their_bounds(
+    lab: ModuleType, shared: Path, tmp_path: Path
+) -> None:
+    import layer_bounds
+
+    experiment = layer_bounds.EXPERIMENT
+    (line,) = lab.perform(experiment, lab.Settings(True, shared), tmp_path / "lines.jsonl")
+    assert len(line["layers"]) == 5
+    for layer in line["layers"]:  # a linear layer's bound is its error, and a ReLU takes from it
+        assert layer["measured"] == pytest.approx(layer["bound"], rel=1e-3)
+        assert layer["measured, activated"] <= layer["measured"] * (1 + 1e-6)
+        assert layer["network measured"] <= layer["network bound"] * (1 + 1e-3)
+    assert line["layers"][-1]["network bound"] == line["bound"] < line["paper's bound"]
+    assert [claim.judge([line]).agrees for claim in experiment.claims[:2]] == ["yes", "yes"]
+    page = "\n".join(experiment.draw([line], tmp_path))
+    assert f"| MLP | 50% | {line['top-1'][0]:.2f} |" in page
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cbs_vision", "rounds_vision"])
 def test_quick_runs_on_vision_models(lab: ModuleType, tmp_path: Path, name: str) -> None:
