@@ -64,7 +64,12 @@ def _mlp(settings: Settings) -> Subject:
     """Train 784-300-100-100-100-10 with ReLU."""
     folder = settings.shared / "data/mnist"
     pixels, labels = (
-        np.frombuffer(gzip.open(found(folder / f"t10k-{name}-ubyte.gz")).read(), np.uint8, -1, skip)
+        np.frombuffer(
+            gzip.decompress(found(folder / f"t10k-{name}-ubyte.gz").read_bytes()),
+            np.uint8,
+            -1,
+            skip,
+        )
         for name, skip in (("images-idx3", 16), ("labels-idx1", 8))
     )
     images = torch.from_numpy(pixels.reshape(-1, WIDTHS[0]).astype(np.float32) / 255)
@@ -165,7 +170,7 @@ def _measure(subject: Any, sparsity: float) -> Line:
     line["size"] = _apart(own.model, None, [logits["name"]], own.images)[0]
     if all(site.op_type == "Gemm" for site in report.sites):
         stored = {t.name: numpy_helper.to_array(t) for t in sparse.graph.initializer}
-        weights = [torch.from_numpy(stored[site.initializer]) for site in report.sites]
+        weights = [torch.tensor(stored[site.initializer]) for site in report.sites]
         line["paper's bound"] = network_bound([s.output_bound for s in report.sites], weights)
     return line
 
@@ -204,11 +209,11 @@ def _apart(
     totals = dict.fromkeys(names, 0.0)
     for start in range(0, len(images), _PART):
         feed = {"x": images[start : start + _PART]}
-        found = [opened.run(names, feed) for opened in sessions]
+        made = [opened.run(names, feed) for opened in sessions]
         for place, name in enumerate(names):
-            change = found[0][place].astype(np.float64)
+            change = made[0][place].astype(np.float64)
             if other is not None:
-                change -= found[1][place]
+                change -= made[1][place]
             totals[name] += float((change**2).sum())
     return [math.sqrt(totals[name] / len(images)) for name in values]
 
@@ -395,8 +400,8 @@ EXPERIMENT = Experiment(
         ),
         Claim(
             _PAPER,
-            "that sum keeps what the pruned network loses in check: it is below what the outputs "
-            "themselves amount to",
+            "so controlling the layers' errors controls the network's (here: the bound is below "
+            "the size of the outputs themselves)",
             _informative,
         ),
     ),
