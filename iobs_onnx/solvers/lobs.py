@@ -56,7 +56,8 @@ def network_bound(bounds: Sequence[float], weights: Sequence[torch.Tensor]) -> f
 
     For a chain of layers, each pruned on the inputs it has in the dense network, with
     1-Lipschitz activations, the root mean square over samples of `‖y − y'‖₂` is at most
-    `Σ_k bound_k Π_{l>k} ‖W_l‖_F`.
+    `Σ_k bound_k Π_{l>k} ‖W_l‖_F`. The report's own bound is tighter and follows graphs that are no
+    chains: :func:`iobs_onnx.passes.bound_changes`.
 
     Args:
         bounds: each layer's bound, first layer first: the norm of its :func:`output_bounds`,

@@ -164,23 +164,23 @@ def _batch_norm(read: _Read) -> float:
     return float(np.abs(scale).max(initial=0.0)) * change
 
 
-def _matmul(read: _Read) -> float:
-    weight = read.constant(1)
+def _product(norm: Callable[[ir.Node, NDArray[np.float64]], float], read: _Read) -> float:
+    """Return the change of a product by a stored weight of this norm; alpha scales it."""
+    change = read.only()
+    passed = norm(read.node, read.constant(1)) * change if change else 0.0
+    return abs(read.node.attributes.get_float("alpha", 1.0)) * (read.own + passed)
+
+
+def _matrix(node: ir.Node, weight: NDArray[np.float64]) -> float:
     if weight.ndim != 2:
         raise _NoBound(f"its weight has {weight.ndim} axes")
-    return read.own + spectral_norm(weight) * read.only()
+    return spectral_norm(weight)
 
 
-def _gemm(read: _Read) -> float:
-    alpha = abs(read.node.attributes.get_float("alpha", 1.0))
-    return alpha * (read.own + spectral_norm(read.constant(1)) * read.only())
-
-
-def _conv(read: _Read) -> float:
-    weight, groups = read.constant(1), integer(read.node, "group", 1)
+def _filters(node: ir.Node, weight: NDArray[np.float64]) -> float:
+    groups = integer(node, "group", 1)
     kernel = weight.reshape(groups, -1, *weight.shape[1:])
-    strides, dilations = _steps(read.node, weight.ndim - 2)
-    return read.own + convolution_norm(kernel, strides, dilations) * read.only()
+    return convolution_norm(kernel, *_steps(node, weight.ndim - 2))
 
 
 def _max_pool(read: _Read) -> float:
@@ -224,16 +224,16 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "BatchNormalization"): _batch_norm,
     ("", "Cast"): _cast,
     ("", "Concat"): _concat,
-    ("", "Conv"): _conv,
+    ("", "Conv"): partial(_product, _filters),
     ("", "Div"): _div,
     ("", "Dropout"): _dropout,
     ("", "Elu"): partial(_slope, 1.0),
     ("", "Erf"): partial(_times, 2 / math.sqrt(math.pi)),
     ("", "Gelu"): partial(_times, 1.13),
-    ("", "Gemm"): _gemm,
+    ("", "Gemm"): partial(_product, _matrix),
     ("", "HardSwish"): partial(_times, 1.5),
     ("", "LeakyRelu"): partial(_slope, 0.01),
-    ("", "MatMul"): _matmul,
+    ("", "MatMul"): partial(_product, _matrix),
     ("", "MaxPool"): _max_pool,
     ("", "Mul"): _mul,
     ("", "Pad"): _pad,
@@ -329,7 +329,7 @@ class _Pruned:
 def spectral_norm(matrix: NDArray[np.float64]) -> float:
     """Return the largest singular value of `(out, in)`; the Frobenius norm where that is costly."""
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    if not small.size or float(len(small)) ** 3 > _MOST_WORK * 8:
+    if not small.size or float(len(small)) ** 3 > _MOST_WORK:
         return float(np.linalg.norm(matrix))
     return math.sqrt(max(float(np.linalg.eigvalsh(small @ small.T)[-1]), 0.0))
 
