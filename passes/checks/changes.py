@@ -166,18 +166,18 @@ def _batch_norm(read: _Read) -> float:
 
 def _product(norm: Callable[[ir.Node, NDArray[np.float64]], float], read: _Read) -> float:
     """Return the change of a product by a stored weight of this norm; alpha scales it."""
-    change = read.only()
-    passed = norm(read.node, read.constant(1)) * change if change else 0.0
+    change, weight = read.only(), read.constant(1)
+    if read.node.op_type != "Conv" and weight.ndim != 2:
+        raise _NoBound(f"its weight has {weight.ndim} axes")
+    passed = norm(read.node, weight) * change if change else 0.0
     return abs(read.node.attributes.get_float("alpha", 1.0)) * (read.own + passed)
 
 
-def _matrix(node: ir.Node, weight: NDArray[np.float64]) -> float:
-    if weight.ndim != 2:
-        raise _NoBound(f"its weight has {weight.ndim} axes")
+def _of_matrix(node: ir.Node, weight: NDArray[np.float64]) -> float:
     return spectral_norm(weight)
 
 
-def _filters(node: ir.Node, weight: NDArray[np.float64]) -> float:
+def _of_filters(node: ir.Node, weight: NDArray[np.float64]) -> float:
     groups = integer(node, "group", 1)
     kernel = weight.reshape(groups, -1, *weight.shape[1:])
     return convolution_norm(kernel, *_steps(node, weight.ndim - 2))
@@ -224,16 +224,16 @@ RULES: dict[tuple[str, str], Rule] = {
     ("", "BatchNormalization"): _batch_norm,
     ("", "Cast"): _cast,
     ("", "Concat"): _concat,
-    ("", "Conv"): partial(_product, _filters),
+    ("", "Conv"): partial(_product, _of_filters),
     ("", "Div"): _div,
     ("", "Dropout"): _dropout,
     ("", "Elu"): partial(_slope, 1.0),
     ("", "Erf"): partial(_times, 2 / math.sqrt(math.pi)),
     ("", "Gelu"): partial(_times, 1.13),
-    ("", "Gemm"): partial(_product, _matrix),
+    ("", "Gemm"): partial(_product, _of_matrix),
     ("", "HardSwish"): partial(_times, 1.5),
     ("", "LeakyRelu"): partial(_slope, 0.01),
-    ("", "MatMul"): partial(_product, _matrix),
+    ("", "MatMul"): partial(_product, _of_matrix),
     ("", "MaxPool"): _max_pool,
     ("", "Mul"): _mul,
     ("", "Pad"): _pad,

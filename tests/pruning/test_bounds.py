@@ -176,6 +176,60 @@ def test_resnet_20_stays_below_its_bounds(shared: Path, tmp_path: Path) -> None:
     assert logits["bound"] == bound["sites"][-1]["bound"]
 
 
+@pytest.mark.parametrize("compensation", [0.0, 0.5])
+def test_groups_strides_tokens_and_biases_behind_keep_the_bounds(
+    tmp_path: Path, compensation: float
+) -> None:
+    rng = np.random.default_rng(5)
+
+    def numbers(*shape: int) -> np.ndarray:
+        return (rng.normal(size=shape) / 3).astype(np.float32)
+
+    tensors = {"k": numbers(12, 4, 3, 3), "kb": numbers(12), "shape": np.array([0, 12, 25])}
+    tensors |= {"g": numbers(12), "gb": numbers(12), "m": numbers(12), "s": numbers(12) ** 2 + 0.1}
+    tensors |= {"w": numbers(25, 16), "wb": numbers(16), "o": numbers(3, 16), "ob": numbers(3)}
+    nodes = [
+        helper.make_node("Conv", ["x", "k", "kb"], ["c"], group=2, strides=[2, 2], pads=[1] * 4),
+        helper.make_node("BatchNormalization", ["c", "g", "gb", "m", "s"], ["n"]),
+        helper.make_node("LeakyRelu", ["n"], ["r"]),
+        helper.make_node("Reshape", ["r", "shape"], ["t"]),
+        helper.make_node("MatMul", ["t", "w"], ["p"]),
+        helper.make_node("Add", ["p", "wb"], ["a"]),
+        helper.make_node("Tanh", ["a"], ["h"]),
+        helper.make_node("ReduceMean", ["h"], ["u"], axes=[1], keepdims=0),
+        helper.make_node("Gemm", ["u", "o", "ob"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mixed",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 8, 9, 9])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    dense = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = (rng.normal(size=(60, 8, 9, 9)) + rng.normal(size=(8, 1, 1))).astype(np.float32)
+    result = iobs_onnx.prune(
+        dense,
+        calibration={"x": x},
+        holdout={"x": x[:5]},
+        sparsity=0.5,
+        output=tmp_path / "sparse.onnx",
+        bias_compensation=compensation,
+        **ONE_SHOT,
+    )
+    places = {"k": "c", "w": "a", "o": "y"}  # biases added
+    sparse = onnx.load(tmp_path / "sparse.onnx")
+    here, after = (values(model, list(places.values()), x) for model in (dense, sparse))
+    sites = result.report.network_bound["sites"]
+    assert [item["name"] for item in sites] == ["k", "w", "o"]
+    for item in sites:
+        place = places[item["name"]]
+        apart = samples_apart(after[place], here[place])
+        assert 0 < apart <= item["bound"] * ROUNDING
+    if compensation == 0.0:
+        assert samples_apart(after["c"], here["c"]) == pytest.approx(sites[0]["bound"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
