@@ -15,16 +15,11 @@ from typing import TypeVar
 import torch
 
 from iobs_onnx.errors import DataError
-from iobs_onnx.hessian import (
-    Cross,
-    CrossAccumulator,
-    GramAccumulator,
-    Hessian,
-    exact_float32,
-)
+from iobs_onnx.hessian import Cross, Hessian, exact_float32
 from iobs_onnx.runtime.drift import Away, fits, out_of_step
 from iobs_onnx.runtime.rows import in_step, read_rows, shares_of
 from iobs_onnx.runtime.stream import Batch
+from iobs_onnx.runtime.sums import CrossAccumulator, GramAccumulator
 from iobs_onnx.site import Routed, Rows, Tap
 
 _Chunk = TypeVar("_Chunk")

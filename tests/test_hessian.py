@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,12 @@ import torch
 from iobs_onnx.errors import DataError
 from iobs_onnx.hessian import (
     Cross,
-    CrossAccumulator,
-    GramAccumulator,
     Hessian,
     combine,
     dead_inputs,
     exact_float32,
 )
+from iobs_onnx.runtime.sums import CrossAccumulator, GramAccumulator
 
 
 def reference(rows):
@@ -117,6 +117,32 @@ def test_parts_add_up_to_the_whole():
         split.add(rows, part=part, parts=3)
     assert split.rows == 90
     assert torch.equal(whole.finish().matrix, split.finish().matrix)
+
+
+@pytest.mark.parametrize("products", [1, 70])  # the sum of a shard is float32, or float64
+def test_sums_that_were_sent_add_up_to_the_same_and_stay_what_they_are(products):
+    """Where they were sent without a copy they lie in memory that must not be written to."""
+    rng = np.random.default_rng(5)
+    rows = [torch.from_numpy(rng.standard_normal((512, 3), np.float32)) for _ in range(3)]
+    here, parts, held = GramAccumulator(3), [], []
+    for shard in rows:
+        there = GramAccumulator(3)
+        for _ in range(products):
+            here.add(shard)
+            there.add(shard)
+        here.seal()
+        there.seal()
+        buffers = []
+        sent = pickle.dumps(there, protocol=5, buffer_callback=buffers.append)
+        held.append([bytes(buffer) for buffer in buffers])
+        parts.append(pickle.loads(sent, buffers=held[-1]))
+    before = [b"".join(each) for each in held]
+    assert all(before)
+    first, *others = parts
+    for other in others:
+        first.merge(other)
+    assert torch.equal(first.finish().matrix, here.finish().matrix)
+    assert [b"".join(each) for each in held] == before
 
 
 def test_added_rows_are_not_changed():

@@ -80,6 +80,8 @@ class RayCrew:
             pass  # the caller's own
         elif config.ray is None:
             cores = max(config.workers or 1, os.cpu_count() or 1)
+            # They do the work, and would by default yield to whatever else runs.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(num_cpus=cores, **_QUIET)
         else:
             _connect(ray, config.ray)
@@ -152,7 +154,7 @@ class _Call:
 
 
 class RayExecutor:
-    """Runs shards in workers, shard `k` in worker `k mod N`, and solve tasks in any that is free.
+    """Runs shards in workers, as many bytes in each, and solve tasks in any that is free.
 
     Args:
         crew: whose workers they are.
@@ -170,6 +172,7 @@ class RayExecutor:
         )(Worker)
         self._plan = crew.ray.put(plan)
         self._feeds = [crew.ray.put(feeds) for feeds in shards]
+        self._home = dealt_evenly([_size(feeds) for feeds in shards], crew.workers)
         self._firsts = [0, *accumulate(len(feeds) for feeds in shards)]
         # What a fresh worker has to go through: the segments that are solved, and of the one that
         # is measured the shards whose sums are here.
@@ -214,7 +217,7 @@ class RayExecutor:
         def more() -> None:
             for number in islice(numbers, 1):
                 wanted = number, segment, tuple(taps), tuple(beside), self._firsts[number]
-                calls.append((number, self._call(number % self._count, "measure", *wanted)))
+                calls.append((number, self._call(self._home[number], "measure", *wanted)))
 
         for _ in range(2 * self._count):
             more()
@@ -302,7 +305,7 @@ class RayExecutor:
 
     def _replace(self, index: int) -> None:
         """Put a fresh worker in the place of a lost one, and bring it where that was."""
-        own = [number for number in self._summed if number % self._count == index]
+        own = [number for number in self._summed if self._home[number] == index]
         for _ in range(_TRIES):
             logger.warning("worker %d is lost: another takes its place", index)
             self._end(index)  # it may live, and only be out of reach
@@ -325,7 +328,7 @@ class RayExecutor:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _open(self, index: int) -> _Call:
-        feeds = {n: self._feeds[n] for n in range(index, len(self._feeds), self._count)}
+        feeds = {n: feed for n, feed in enumerate(self._feeds) if self._home[n] == index}
         return self._call(index, "open", self._plan, feeds)
 
     def _get(self, reference: Any) -> Any:
@@ -352,6 +355,21 @@ class RayExecutor:
         return IobsError(
             f"workers were lost {_TRIES} times in a row; is their memory enough? {FEWER}"
         )
+
+
+def dealt_evenly(sizes: Sequence[int], workers: int) -> list[int]:
+    """Return the worker of each shard: the largest goes first, to whichever has least by then."""
+    loads, homes = [0] * workers, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        homes[number] = loads.index(min(loads))
+        loads[homes[number]] += sizes[number]
+    return homes
+
+
+def _size(items: Sequence[Item]) -> int:
+    """Return how many bytes the feeds of a shard hold."""
+    feeds = (item[0] if isinstance(item, tuple) else item for item in items)
+    return sum(array.nbytes for feed in feeds for array in feed.values())
 
 
 def _in_memory(item: SolvedSite) -> SolvedSite:

@@ -242,6 +242,7 @@ OPERATORS: dict[tuple[str, str], Operator] = {
     (_MS, "FusedGemm"): linear.gemm,
     (_MS, "FusedMatMul"): linear.fused_matmul,
     (_MS, "FusedMatMulActivation"): linear.fused_matmul,
+    (_MS, "GatherBlockQuantized"): quantization.gather_block_quantized,
     (_MS, "Gelu"): activations.gelu,
     (_MS, "GemmFastGelu"): linear.matmul_fast_gelu,
     (_MS, "GroupQueryAttention"): contrib_attention.group_query,

@@ -218,6 +218,40 @@ def _unpacked(context: Context, b: Tensor, scales: Tensor, zeros: Tensor | None)
     return weight.reshape(n, blocks * block)[:, :k]
 
 
+def gather_block_quantized(
+    context: Context,
+    data: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+) -> Tensor:
+    """GatherBlockQuantized: what is looked up is made floats, no more; no gradient reaches it."""
+    across = context.integer("quantize_axis", 1) % data.ndim
+    along = context.integer("gather_axis", 0) % data.ndim
+    block, bits = context.integer("block_size", 128), context.integer("bits", 4)
+    packed = context.types[0] is _D.UINT8
+    chosen = indices.reshape(-1).to(torch.int64)
+    chosen = torch.where(chosen < 0, chosen + data.shape[along], chosen)
+
+    def looked_up(tensor: Tensor, length: int | None = None) -> Tensor:
+        rows = tensor.index_select(along, chosen)
+        if packed and bits < 8:  # along the last axis, which is then the one that blocks lie along
+            rows = _bits(rows.reshape(-1, rows.shape[-1]), bits).reshape(*rows.shape[:-1], -1)
+        return rows if length is None else rows.narrow(across, 0, length)
+
+    values, factors = looked_up(data), scales.index_select(along, chosen)
+    if zeros is not None:
+        centre = looked_up(zeros, factors.shape[across]).to(factors.dtype)
+    else:
+        centre = torch.full_like(factors, float(1 << (bits - 1)) if packed else 0.0)
+    centre, factors = (
+        each.repeat_interleave(block, across).narrow(across, 0, values.shape[across])
+        for each in (centre, factors)
+    )
+    found = (values.to(factors.dtype) - centre) * factors
+    return found.unflatten(along, indices.shape) if indices.ndim else found.squeeze(along)
+
+
 def _bits(packed: Tensor, bits: int) -> Tensor:
     """Return the numbers of `bits` bits in each row of bytes, the lowest first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)

@@ -29,7 +29,7 @@ from iobs_onnx.pruning.records import Run
 from iobs_onnx.pruning.rounds import Rounds
 from iobs_onnx.pruning.solve import Solve
 from iobs_onnx.pruning.walk import Route
-from iobs_onnx.pruning.workers import RayCrew
+from iobs_onnx.pruning.workers import RayCrew, dealt_evenly
 from iobs_onnx.runtime import Data, NotFinite
 
 # Workers that were killed, which closes nothing.
@@ -301,3 +301,13 @@ def test_workers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_finite_keeps_its_place_between_processes() -> None:
     error = pickle.loads(pickle.dumps(NotFinite("activation 'a' holds NaN", "a", 3)))
     assert (str(error), error.value, error.batch) == ("activation 'a' holds NaN", "a", 3)
+
+
+def test_feeds_that_grow_are_dealt_out_evenly() -> None:
+    """Text in the order of its length would else leave the last worker with the long ones."""
+    sizes = [length**2 for length in range(1, 17)]
+    homes = dealt_evenly(sizes, 3)
+    loads = [sum(s for s, home in zip(sizes, homes, strict=True) if home == k) for k in range(3)]
+    assert sum(loads) == sum(sizes)
+    assert max(loads) <= sum(sizes) / 3 + max(sizes) / 2
+    assert dealt_evenly([1] * 6, 3) == [0, 1, 2] * 2

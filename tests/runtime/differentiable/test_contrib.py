@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -147,6 +148,55 @@ for bits in (4, 8):
         ),
     ]
 
+
+def looked_up(kind, rows, columns, block, zeros=False, bits=4, across=1):
+    """Return a table of `rows × columns` numbers in blocks along an axis, and indices into it."""
+    shape, count = [rows, columns], (rows, columns)[1 - across]
+    shape[across] = -(-shape[across] // block)
+    packing = 8 // bits if kind is np.uint8 else 1
+    low, high = (-8, 8) if kind is ml_dtypes.int4 else (0, 256 if kind is np.uint8 else 16)
+
+    def whole(height, width):
+        return RNG.integers(low, high, (height, -(-width // packing))).astype(kind)
+
+    centres = [whole(*shape)] if zeros else []
+    return [
+        whole(rows, columns),
+        RNG.integers(-count, count, (2, 3)),
+        RNG.random(shape).astype(np.float32),
+        *centres,
+    ]
+
+
+for kind, bits, zeros in (
+    (np.uint8, 4, False),
+    (np.uint8, 4, True),
+    (np.uint8, 8, False),
+    (np.uint8, 8, True),
+    (ml_dtypes.int4, 4, False),
+    (ml_dtypes.int4, 4, True),
+    (ml_dtypes.uint4, 4, False),
+    (ml_dtypes.uint4, 4, True),
+):
+    CASES.append(
+        Case(
+            "GatherBlockQuantized",
+            looked_up(kind, 10, 80, 32, zeros, bits),
+            {"bits": bits, "block_size": 32},
+            frozen=(0, 2, *((3,) if zeros else ())),
+            note=f"{kind.__name__} {bits} {'zeros' if zeros else 'symmetric'}",
+        )
+    )
+CASES.append(
+    Case(
+        "GatherBlockQuantized",
+        looked_up(ml_dtypes.int4, 40, 10, 16, zeros=True, across=0),
+        {"block_size": 16, "gather_axis": 1, "quantize_axis": 0},
+        frozen=(0, 2, 3),
+        note="across",
+    )
+)
+
 CACHE = [normal(32, 4), normal(32, 4)]
 POSITIONS = np.array([[3, 4, 5], [0, 1, 2]])
 CASES += [
@@ -278,7 +328,7 @@ def test_agrees_with_onnx_runtime(case, make):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_those_of_the_function(case, make):
-    if case.op_type != "DynamicQuantizeMatMul":  # rounds
+    if case.op_type not in ("DynamicQuantizeMatMul", "GatherBlockQuantized"):  # round, have none
         case.differentiate(make)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
+from iobs_onnx.passes import load_model
 from iobs_onnx.runtime.differentiable import Evaluator, agreement, unsupported
 
 
@@ -57,3 +60,17 @@ def test_models_beside_the_checkout(name, shared):
         feeds = [{"input_ids": rng.integers(0, 32000, (2, 40))}]
     found = agreement(model, feeds, tolerance=1e-5)
     assert found.ok, found.reason
+
+
+def test_a_four_bit_file_of_genai_agrees():
+    """Its embedding is GatherBlockQuantized, its products MatMulNBits."""
+    path = Path(__file__).parents[2] / "data/genai-int4/model.onnx"
+    ids = np.random.default_rng(0).integers(0, 200, (2, 9))
+    past = {
+        f"past_key_values.0.{what}": np.zeros((2, 1, 0, 16), np.float32)
+        for what in ("key", "value")
+    }
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **past}
+    found = agreement(load_model(path), [feed], tolerance=1e-4)
+    assert found.ok, found.reason
+    assert {difference.name for difference in found.differences} >= {"logits"}
