@@ -126,3 +126,74 @@ def test_quick_runs_on_vision_models(lab: ModuleType, tmp_path: Path, name: str)
     if name == "cbs_vision":  # at 70 % second-order methods keep far more than magnitude
         by = {line["method"]: line["top-1"] for line in lines[1:]}
         assert min(by["CBS"], by["I-OBS"]) > by["magnitude"] + 20
+
+
+def test_quick_phase_transitions_end_in_success(lab: ModuleType, tmp_path: Path) -> None:
+    import phase_transition
+
+    settings = lab.Settings(True, tmp_path)
+    lines = lab.perform(phase_transition.EXPERIMENT, settings, tmp_path / "phase.jsonl")
+    # With six observations a weight second-order steps find what is sought.
+    assert {line["loss"] for line in lines} == set(phase_transition.LOSSES)
+    for line in lines:
+        for name in ("Topk-I-OBS", "I-OBS"):
+            assert line[name]["success"] == 1.0, (line["loss"], name)
+            assert line[name]["steps"] <= 10
+
+
+def test_early_brain_damage_judges_by_the_optimum_of_a_weight(
+    lab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import early_brain_damage as study
+
+    for name, value in {"STEPS": 200, "RETRAIN": 20, "FINISH": 100, "STAGES": 3}.items():
+        monkeypatch.setattr(study, name, value)
+    lines = lab.perform(study.EXPERIMENT, lab.Settings(True, tmp_path), tmp_path / "ebd.jsonl")
+    assert len(lines) == len(study.REGIMES) * (1 + len(study.METHODS))
+    for line in lines:
+        if line["method"] == "judged":
+            ranks = line["ranks"]
+            assert ranks["EBD"]["over its optimum"] >= ranks["OBD"]["over its optimum"] - 0.01
+        else:
+            assert line["left"] == [82, 62, 46, 35]
+            assert not any(line["revived"]) or line["method"] == "EBD"
+    gradients = {x["regime"]: x["gradient"] for x in lines if x["method"] == "judged"}
+    assert gradients["end"] < gradients["early"] / 10
+
+
+def test_early_brain_damage_is_that_of_its_formula(lab: ModuleType, tmp_path: Path) -> None:
+    import early_brain_damage as study
+    import torch
+
+    net = study.network(tmp_path, "MONK 3", 0)
+    w = net.start(torch.Generator().manual_seed(0))
+    kept = torch.arange(len(w)) % 2 == 0
+    w = w * kept
+    gradient = torch.func.grad(net.loss)(w)
+    # The Gauss-Newton matrix, of the loss with the network made linear at w.
+    x, _ = net.train
+    jacobian = torch.func.jacrev(lambda w: net.scores(w, x))(w)
+    h = torch.zeros(len(w), len(w), dtype=w.dtype)
+    for rows, p in zip(jacobian, net.scores(w, x).softmax(1), strict=True):
+        h += rows.T @ (p.diag() - p.outer(p)) @ rows / len(x)
+    h.diagonal().add_(net.decay)
+    h.diagonal().add_(study.DAMPING * float(h.diagonal().mean()))
+    assert torch.allclose(net.hessian(w), h, rtol=1e-9, atol=1e-12)
+    saliency = h.diagonal() * (w - gradient / h.diagonal()).square() / 2
+    sparse, chosen = study.METHODS["EBD"](net, w, kept, 30)
+    assert set(chosen.nonzero().flatten().tolist()) == set(saliency.topk(30).indices.tolist())
+    assert torch.equal(sparse, w * chosen)
+
+
+@pytest.mark.slow
+def test_quick_recurrent_network_keeps_more_by_its_hessian(lab: ModuleType, tmp_path: Path) -> None:
+    import recurrent
+
+    shared = EXPERIMENTS.parents[2] / "shared"
+    if not (shared / "data/mnist").exists():
+        pytest.skip("the shared folder is absent")
+    settings = lab.Settings(True, shared)
+    lines = lab.perform(recurrent.EXPERIMENT, settings, tmp_path / "recurrent.jsonl")
+    by = {line["method"]: line["accuracy"] for line in lines}
+    assert by["dense"] > 50
+    assert by["OBS"] > by["magnitude"] + 10
