@@ -28,6 +28,7 @@ import torch
 from iobs_onnx.config import PruneConfig
 from iobs_onnx.errors import IobsError, OptionError
 from iobs_onnx.passes import Segment, pack
+from iobs_onnx.pruning.cluster import PATIENCE, connect
 from iobs_onnx.pruning.executor import Executor
 from iobs_onnx.pruning.records import Run, SolvedSite
 from iobs_onnx.pruning.shard import Item
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 # A worker that is lost as often in a row is lost for a reason.
 _TRIES = 4
-# Seconds in which the head of a cluster, or a worker that has nothing to do, has to answer.
-_PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,10 @@ class RayCrew:
             DependencyError: Ray is not installed.
             OptionError: nothing answers at the address, or there is less than was asked for.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray = require("ray", "ray", "--workers")
-        if connected := ray.is_initialized():
-            pass  # the caller's own
-        elif config.ray is None:
-            cores = max(config.workers or 1, os.cpu_count() or 1)
-            # They do the work, and would by default yield to whatever else runs.
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            ray.init(num_cpus=cores, **_QUIET)
-        else:
-            _connect(ray, config.ray)
+        connected = ray.is_initialized()  # the caller's own
+        if not connected:
+            connect(ray, config)
         try:
             yield cls.of(ray, config)
         finally:
@@ -200,7 +192,7 @@ class RayExecutor:
         calls = [self._call(index, "close") for index in range(self._count)]
         for call in calls:
             with suppress(Exception):
-                self._ray.get(call.result, timeout=_PATIENCE).retell()
+                self._ray.get(call.result, timeout=PATIENCE).retell()
             self._end(call.index)
 
     def measure(
@@ -381,36 +373,3 @@ def _in_memory(item: SolvedSite) -> SolvedSite:
     weight, bias = tensors
     assert weight is not None, "every solved site has a weight"
     return replace(item, weight=weight, bias=bias, codes=None)
-
-
-def _connect(ray: Any, address: str) -> None:
-    """Connect to a cluster whose head listens at `host:port`, or to the one on this machine."""
-    if address != "auto":
-        try:
-            _require_answer(address)
-        except (OSError, OverflowError) as error:
-            raise OptionError(
-                f"ray {address}: nothing answers there ({error}); give host:port of the head, as "
-                "`ray start --head` names it"
-            ) from error
-    try:
-        ray.init(address=address, **_QUIET)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        fault = " ".join(str(error).split())[:200]
-        raise OptionError(f"ray {address}: cannot connect: {fault}") from error
-
-
-def _require_answer(address: str) -> None:
-    """Raise OSError where no HTTP/2 server is at `host:port`: Ray itself would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=_PATIENCE) as connection:
-        if os.environ.get("RAY_USE_TLS", "0") != "0":
-            return
-        connection.sendall(_HELLO)
-        if not connection.recv(1):
-            raise ConnectionError("the connection is closed")
-
-
-# The preface of HTTP/2 and an empty SETTINGS frame, which its servers answer at once.
-_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-_QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
