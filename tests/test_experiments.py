@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
@@ -197,3 +198,54 @@ def test_quick_recurrent_network_keeps_more_by_its_hessian(lab: ModuleType, tmp_
     by = {line["method"]: line["accuracy"] for line in lines}
     assert by["dense"] > 50
     assert by["OBS"] > by["magnitude"] + 10
+
+
+@pytest.mark.slow
+def test_quick_rounds_on_a_language_model(lab: ModuleType, tmp_path: Path) -> None:
+    shared = EXPERIMENTS.parents[2] / "shared"
+    if not (shared / "models/stories15M.onnx").exists():
+        pytest.skip("the shared folder is absent")
+    experiment = next(item for item in lab.everything() if item.name == "rounds_language")
+    settings = lab.Settings(True, shared, tmp_path)
+    dense, *others = lab.perform(experiment, settings, tmp_path / "lines.jsonl")
+    assert dense["stories"] == pytest.approx(6.664, abs=0.01)  # on 60 stories, in ONNX Runtime
+    assert [line["method"] for line in others] == ["paper", "defaults"]
+    for line in others:
+        assert len(line["rounds"]) == 2
+        assert all(item["stories"] > dense["stories"] for item in line["rounds"])
+    # A step of 0.01 leaves the second round where the first was, four texts or not.
+    first, second = (item["stories"] for item in others[0]["rounds"])
+    assert second == pytest.approx(first, rel=0.02)
+
+
+def test_letters_are_what_mmlu_asks_for(lab: ModuleType, tmp_path: Path) -> None:
+    """A model that reads the choices finds all answers, one that says A those that are A."""
+    import language_tasks
+
+    rows = [("2 + 2", "4", "5", "6", "7", 0), ("3 + 3", "5", "6", "7", "8", 1)]
+    head = "question,choice0,choice1,choice2,choice3,answer"
+    for part, count in (("dev", 3), ("test", 1)):
+        folder = tmp_path / "data/mmlu" / part
+        folder.mkdir(parents=True)
+        table = [head, *(",".join(map(str, row)) for row in rows * count)]
+        (folder / f"sums_{part}.csv").write_text("\n".join(table))
+    asked: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def knows(ids: list[int]) -> np.ndarray:
+        text = "".join(map(chr, ids))
+        asked.append(text)
+        lines = text.splitlines()[-6:]
+        right = str(sum(int(x) for x in lines[0].split("+")))
+        logits = np.zeros((len(ids), 128))
+        logits[-1, ord(next(line[0] for line in lines[1:] if line.endswith(f" {right}")))] = 1
+        return logits
+
+    def says_a(ids: list[int]) -> np.ndarray:
+        return np.eye(128)[[ord("A")] * len(ids)]
+
+    assert language_tasks.mmlu(knows, encode, tmp_path) == 100
+    assert language_tasks.mmlu(says_a, encode, tmp_path) == 50
+    assert all(text.count("Answer: ") == 5 and text.endswith("Answer:") for text in asked)

@@ -27,9 +27,16 @@ from quality_tasks import TASKS, Task, found
 
 import iobs_onnx
 
-_PLAIN = {"target": "layer", "bias_compensation": 0.0, "sequential": "site"}
+_PLAIN = {
+    "solver": "sparsegpt",
+    "damping": 0.01,
+    "target": "layer",
+    "bias_compensation": 0.0,
+    "sequential": "site",
+}
 METHODS: dict[str, dict[str, Any]] = {
-    "paper": {"solver": "sparsegpt", "learning_rate": 0.01, "damping": 0.01, **_PLAIN},
+    "paper": {"learning_rate": 0.01, **_PLAIN},
+    "paper, η = 1": {"learning_rate": 1.0, **_PLAIN},
     "defaults": {},
 }
 MODELS = {"ResNet-20": "resnet20.onnx", "ResNet-56": "resnet56.onnx"}
