@@ -6,9 +6,10 @@ that is tried on the widest linears of two language models, 1,536 inputs each: t
 last down projection of the feed-forward, of which `ROWS` outputs are solved.
 
 Two forms choose what to remove: "dominant alone" knows of `H` no more than those eigenvectors, and
-the damping, as we read the paper; "with the rest's diagonal" is `OBS(rank=r)`, which keeps the diagonal of the remainder
-too. "diagonal" is r = 0. Every choice is refitted with the whole `H`, so that errors differ by
-what is removed alone; they are judged by the whole `H`, and by that of other text.
+the damping, as we read the paper; "with the rest's diagonal" is `OBS(rank=r)`, which keeps the
+diagonal of the remainder too. "diagonal" is r = 0. Every choice is refitted with the whole `H`, so
+that errors differ by what is removed alone; they are judged by the whole `H`, and by that of other
+text.
 """
 
 from __future__ import annotations
@@ -225,14 +226,17 @@ def _enough(form: str, lines: Sequence[Line]) -> Finding | None:
 
 def draw(lines: Sequence[Line], folder: Path) -> list[str]:
     """Return the table and the figure."""
-    layers = dict.fromkeys(f"{line['model']}'s {line['layer']}" for line in lines)
+    tried: dict[str, list[str]] = {}
+    for line in lines:
+        tried.setdefault(f"{line['model']}'s {line['layer']}", []).append(line["pattern"])
+    layers = "; ".join(f"{layer} at {', '.join(own)}" for layer, own in tried.items())
     parts = [
         "## Optimal Brain Surgeon on a dominant eigenspace",
         "",
-        f"{', '.join(layers)} down projection ({INPUTS:,} inputs, {ROWS} of their outputs) at "
-        f"{', '.join(PATTERNS)}. Error and time relative to OBS with the whole Hessian in the same "
-        f"run, over {len(lines)} cells: geometric mean of errors, in brackets on text that the "
-        "Hessian has not seen; median of CPU times, of which a whole layer would spend less on the "
+        f"Down projections, {INPUTS:,} inputs, {ROWS} of their outputs: {layers}. Error and time "
+        f"relative to OBS with the whole Hessian in the same run, over these {len(lines)} cells: "
+        "geometric mean of errors, in brackets on text that the Hessian has not seen; median of "
+        "CPU times, of which a whole layer would spend less on the "
         "eigenvectors. Every choice is refitted with the whole Hessian. r = 0 is its diagonal.",
         "",
         "| r | share of the trace | a row's numbers, of in² "
@@ -251,7 +255,7 @@ def draw(lines: Sequence[Line], folder: Path) -> list[str]:
     return [
         *parts,
         "",
-        "The dominant eigenspace alone chooses worse than the diagonal, which costs nothing: it "
+        "Up to r = 64 the dominant eigenspace alone chooses worse than the diagonal: it "
         "says that what it leaves out is flat. With the diagonal of the rest it is better, but far "
         "from the whole even where it holds most of the trace: what a removal costs depends on "
         "`H⁻¹`, which is made of the small eigenvalues first. Time ends the trade: the whole "
@@ -306,7 +310,7 @@ EXPERIMENT = Experiment(
         Claim(_PAPER, "the dominant eigenspace costs less time and storage", _cheaper),
         Claim(
             _PAPER,
-            "it can stand for the whole Hessian (what that rests on; no figure of theirs is at hand)",
+            "it can stand for the whole Hessian (the premise; no figure of theirs is at hand)",
             partial(_enough, "dominant"),
         ),
         Claim(
