@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "benchmarks" / "experiments"
 
@@ -108,6 +109,38 @@ def test_quick_layers_of_an_mlp_keep_their_bounds(
     assert [claim.judge([line]).agrees for claim in experiment.claims[:2]] == ["yes", "yes"]
     page = "\n".join(experiment.draw([line], tmp_path))
     assert f"| MLP | 50% | {line['top-1'][0]:.2f} |" in page
+
+
+def test_obs_on_an_eigenspace_nears_the_whole_hessian(lab: ModuleType) -> None:
+    import eigenspace
+
+    generator = torch.Generator().manual_seed(0)
+    # Strongly correlated inputs, so that what a weight's removal costs depends on the others.
+    basis = torch.randn(96, 96, generator=generator) * torch.logspace(0, -1.5, 96)
+    mixing, _ = torch.linalg.qr(torch.randn(96, 96, generator=generator))
+    mixed = basis @ mixing
+    weight = torch.randn(16, 96, generator=generator)
+    hessian = mixed.T @ mixed / 96
+    line = eigenspace.compare(eigenspace.Layer(weight, hessian, torch.eye(96)), "2:4", (1, 24, 96))
+    for form in eigenspace.FORMS:
+        # The whole eigenspace is the whole Hessian: the same weights go, but for rounding.
+        assert line[form]["96"]["error"] == pytest.approx(line["whole"]["error"], rel=0.02)
+        assert line[form]["24"]["error"] < line[form]["1"]["error"]
+    assert line["spectrum"]["96"] == pytest.approx(1, rel=1e-5)
+    assert line["whole"]["error"] < line["rest"]["24"]["error"] < line["diagonal"]["error"]
+
+
+@pytest.mark.slow
+def test_quick_obs_on_eigenspaces_of_a_real_layer(lab: ModuleType, tmp_path: Path) -> None:
+    import eigenspace
+
+    pytest.importorskip("transformers")
+    (line,) = lab.perform(
+        eigenspace.EXPERIMENT, lab.Settings(True, tmp_path), tmp_path / "eigenspace.jsonl"
+    )
+    assert line["whole"]["error"] < line["rest"]["4"]["error"] < line["diagonal"]["error"]
+    for cell in (line["whole"], line["diagonal"], *line["rest"].values()):
+        assert 0 < cell["error"] < cell["other"] < 1  # other text is harder
 
 
 @pytest.mark.slow
