@@ -28,6 +28,7 @@ import torch
 from lab import Claim, Experiment, Finding, Line, Run, Settings, main
 from quality_tasks import found
 
+from iobs_onnx.errors import SolverError
 from iobs_onnx.hessian import combine
 from iobs_onnx.layer import absolute_damping
 from iobs_onnx.passes import find_sites, instrument, load_model, stored_slots
@@ -83,7 +84,10 @@ def compare(layer: Layer, pattern: str, ranks: Sequence[int]) -> Line:
     def judged(choose: Callable[[Problem], torch.Tensor]) -> Line:
         fresh = replace(problem)  # without the inverse that another one computed
         started = time.process_time()
-        mask = choose(fresh)
+        try:
+            mask = choose(fresh)
+        except SolverError as error:
+            return {"refused": str(error)}
         seconds = time.process_time() - started
         change = refitted(problem, mask, TOLERANCE).weight - layer.weight
         error, other = (
@@ -176,15 +180,19 @@ def _ratio(lines: Sequence[Line], form: str, rank: str, judge: str = "error") ->
     """Return the geometric mean of errors relative to the whole Hessian's; rank 0: diagonal."""
     own = [line["diagonal"] if rank == "0" else line[form][rank] for line in lines]
     logs = [
-        math.log(cell[judge] / line["whole"][judge]) for cell, line in zip(own, lines, strict=True)
+        math.log(cell[judge] / line["whole"][judge])
+        for cell, line in zip(own, lines, strict=True)
+        if "refused" not in cell
     ]
-    return math.exp(statistics.fmean(logs))
+    return math.exp(statistics.fmean(logs)) if logs else math.nan
 
 
 def _time(lines: Sequence[Line], form: str, rank: str) -> float:
     """Return the median of times relative to the whole Hessian's in the same run."""
     return statistics.median(
-        line[form][rank]["seconds"] / line["whole"]["seconds"] for line in lines
+        line[form][rank]["seconds"] / line["whole"]["seconds"]
+        for line in lines
+        if "refused" not in line[form][rank]
     )
 
 
@@ -237,7 +245,8 @@ def draw(lines: Sequence[Line], folder: Path) -> list[str]:
         f"relative to OBS with the whole Hessian in the same run, over these {len(lines)} cells: "
         "geometric mean of errors, in brackets on text that the Hessian has not seen; median of "
         "CPU times, of which a whole layer would spend less on the "
-        "eigenvectors. Every choice is refitted with the whole Hessian. r = 0 is its diagonal.",
+        "eigenvectors. Every choice is refitted with the whole Hessian. r = 0 is its diagonal. "
+        f"{_refusals(lines)} OBS refuses as too ill-conditioned for float32; they are left out.",
         "",
         "| r | share of the trace | a row's numbers, of in² "
         + "".join(f"| {title}: error | time " for title in FORMS.values())
@@ -264,6 +273,16 @@ def draw(lines: Sequence[Line], folder: Path) -> list[str]:
         "",
         "![error and time by rank](img/experiments-eigenspace.png)",
     ]
+
+
+def _refusals(lines: Sequence[Line]) -> str:
+    """Count the choices that no mask came of, by form."""
+    counts = []
+    for form, title in FORMS.items():
+        cells = [cell for line in lines for cell in line[form].values()]
+        refused = sum("refused" in cell for cell in cells)
+        counts.append(f"{refused} of {len(cells)} choices of the {title}")
+    return " and ".join(counts)
 
 
 def _errors(lines: Sequence[Line], form: str, rank: str) -> str:
