@@ -241,13 +241,27 @@ def perplexity(model: Path, sequences: list[NDArray[np.int64]]) -> float:
     """Return exp of the mean negative log-likelihood of every token but the first of each."""
     running, total, count = session(model), 0.0, 0
     for ids in sequences:
-        (logits,) = running.run(["logits"], {"input_ids": ids[None]})
+        (logits,) = running.run(["logits"], fed(running, ids))
         shifted = logits[0, :-1] - logits[0, :-1].max(-1, keepdims=True)
         chosen = np.take_along_axis(shifted, ids[1:, None], -1)[:, 0]
         normaliser = np.log(np.exp(shifted).sum(-1, dtype=np.float64))
         total += float((normaliser - chosen).sum())
         count += len(ids) - 1
     return float(np.exp(total / count))
+
+
+def fed(running: Any, ids: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Return the feed of one sequence `(n,)`, with the mask and positions that a model may read."""
+    row = ids[None]
+    known = {
+        "input_ids": row,
+        "attention_mask": np.ones_like(row),
+        "position_ids": np.arange(len(ids))[None],
+    }
+    names = [item.name for item in running.get_inputs()]
+    if unknown := sorted(set(names) - known.keys()):
+        raise SystemExit(f"the model reads {unknown[0]!r}: export it without its cache")
+    return {name: known[name] for name in names}
 
 
 def top1(model: Path, feeds: Callable[[], Iterator[NDArray[Any]]], labels: NDArray[Any]) -> float:

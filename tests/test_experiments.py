@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,3 +282,21 @@ def test_letters_are_what_mmlu_asks_for(lab: ModuleType, tmp_path: Path) -> None
     assert language_tasks.mmlu(knows, encode, tmp_path) == 100
     assert language_tasks.mmlu(says_a, encode, tmp_path) == 50
     assert all(text.count("Answer: ") == 5 and text.endswith("Answer:") for text in asked)
+
+
+def test_a_language_model_is_fed_what_it_reads(lab: ModuleType) -> None:
+    """Optimum's exports read a mask, and positions; a cache is refused."""
+    import quality_tasks
+
+    def session(*names: str) -> SimpleNamespace:
+        return SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name=name) for name in names])
+
+    ids = np.array([5, 6, 7])
+    feed = quality_tasks.fed(session("attention_mask", "input_ids", "position_ids"), ids)
+    assert {name: array.tolist() for name, array in feed.items()} == {
+        "attention_mask": [[1, 1, 1]],
+        "input_ids": [[5, 6, 7]],
+        "position_ids": [[0, 1, 2]],
+    }
+    with pytest.raises(SystemExit, match=r"past_key_values\.0\.key.*without its cache"):
+        quality_tasks.fed(session("input_ids", "past_key_values.0.key"), ids)
