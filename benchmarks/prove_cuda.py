@@ -37,10 +37,11 @@ import iobs_onnx
 from iobs_onnx import engine
 from iobs_onnx.engine import memory_faults
 from iobs_onnx.errors import IobsError
-from iobs_onnx.hessian import GramAccumulator, exact_float32
+from iobs_onnx.hessian import exact_float32
 from iobs_onnx.layer import absolute_damping
 from iobs_onnx.runtime import Store, available_providers, find_device, open_session, run_errors
 from iobs_onnx.runtime.device import cuda_options
+from iobs_onnx.runtime.sums import GramAccumulator
 from iobs_onnx.solvers import SOLVERS, Problem, make_solver
 from iobs_onnx.sparsity import parse_sparsity
 
