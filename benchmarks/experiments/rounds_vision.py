@@ -27,7 +27,8 @@ from quality_tasks import TASKS, Task, found
 
 import iobs_onnx
 
-_PLAIN = {
+# The paper's step: each layer alone, projected by SparseGPT.
+SPARSEGPT: dict[str, Any] = {
     "solver": "sparsegpt",
     "damping": 0.01,
     "target": "layer",
@@ -35,8 +36,8 @@ _PLAIN = {
     "sequential": "site",
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "paper": {"learning_rate": 0.01, **_PLAIN},
-    "paper, η = 1": {"learning_rate": 1.0, **_PLAIN},
+    "paper": {"learning_rate": 0.01, **SPARSEGPT},
+    "paper, η = 1": {"learning_rate": 1.0, **SPARSEGPT},
     "defaults": {},
 }
 MODELS = ("ResNet-20", "ResNet-56", "EfficientNet-Lite0")

@@ -174,10 +174,11 @@ def _prune(
         left = LeaveDense(judge, allocation.prices)
         final = _finished(rounds, rounded.pruned, DistilModel(sources, model), left, progress)
         require_output_error(final.verdict.outputs, config.max_output_error)
-        written = write_pruned(run, final, model, place)
         calibrated = CalibrationRecord.of(
             sources, data, dataclasses.asdict(rounded.facts), _random_tokens(rounds)
         )
+        bound = network_bound(run, final, calibrated)
+        written = write_pruned(run, final, model, place)
         report = build_report(
             config=config,
             model={**describe_file(model), "checker": written.checker},
@@ -191,7 +192,7 @@ def _prune(
             calibration=calibrated,
             sites=[item.report(site) for site, item in final.sites.items()],
             declined=[*chosen.declined, *_left_dense(run, rounded.pruned, final)],
-            bound=network_bound(run, final, calibrated),
+            bound=bound,
             parameters=count_parameters(dense, chosen.sites),
             deployment=written.deployment,
             permutations=permutations,
